@@ -1,0 +1,418 @@
+// Package keyspace says where things are in etcd and how they are written there:
+// the keys below the prefix and the JSON values of all but entries (package
+// entry has those).
+//
+//	meta                                            Meta
+//	stops/NODE                                      Stop
+//	pools/POOL                                      Pool
+//	addresses/SPACE/4/010.022.000.007               Address
+//	addresses/SPACE/6/fd00:0000:…:0007              Address
+//	attachments/NODE/NETWORK/CONTAINER/INTERFACE    Attachment
+//	blocks/SPACE/POOL/4/010.022.000.000-26          Block
+//	writers/KIND/NAME                               Writer
+//	chains/KIND/NAME/CHAIN/SEQ                      an entry; SEQ is 16 hex digits
+//
+// Addresses have a fixed width, so that a range of keys is a range of
+// addresses. Every key has one spelling: Parse refuses what the functions here
+// would not have built, and Decode refuses values with fields that they do not
+// have, so that a stray write is noticed instead of ignored.
+//
+// The package is pure and imports no etcd client.
+package keyspace
+
+import (
+	"bytes"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/ipam-ledger/ipam-ledger/pkg/audit/entry"
+)
+
+// DefaultPrefix is where everything lives unless configured otherwise.
+const DefaultPrefix = "/ipam-ledger/v1/"
+
+// FormatVersion is the version in Meta that this code reads and writes.
+const FormatVersion = 1
+
+// Keys builds the keys below a prefix.
+type Keys struct{ prefix string }
+
+// New returns the keys below prefix, which must start and end with a slash.
+func New(prefix string) (Keys, error) {
+	if len(prefix) < 2 || prefix[0] != '/' || prefix[len(prefix)-1] != '/' || strings.Contains(prefix, "//") || len(prefix) > 255 {
+		return Keys{}, fmt.Errorf("prefix %.300q: want /name/…/ with a slash at both ends, at most 255 bytes", prefix)
+	}
+	return Keys{prefix}, nil
+}
+
+// Prefix is what all keys start with.
+func (k Keys) Prefix() string { return k.prefix }
+
+// Meta is the key of Meta.
+func (k Keys) Meta() string { return k.prefix + "meta" }
+
+// Stops is the prefix of all stops.
+func (k Keys) Stops() string { return k.prefix + "stops/" }
+
+// Stop is the key of a node's Stop.
+func (k Keys) Stop(node string) string { return k.Stops() + node }
+
+// Pool is the key of a named pool's spec.
+func (k Keys) Pool(name string) string { return k.prefix + "pools/" + name }
+
+// Address is the key of an address in an address space.
+func (k Keys) Address(space string, ip netip.Addr) string {
+	return k.Addresses() + space + "/" + spell(ip)
+}
+
+// Addresses is the prefix of all addresses.
+func (k Keys) Addresses() string { return k.prefix + "addresses/" }
+
+// Attachments is the prefix of all attachments.
+func (k Keys) Attachments() string { return k.prefix + "attachments/" }
+
+// Attachment is the key of an attachment.
+func (k Keys) Attachment(a AttachmentID) string { return k.Attachments() + a.String() }
+
+// NodeAttachments is the prefix of a node's attachments.
+func (k Keys) NodeAttachments(node string) string { return k.Attachments() + node + "/" }
+
+// NetworkAttachments is the prefix of a node's attachments to one network.
+func (k Keys) NetworkAttachments(node, network string) string {
+	return k.NodeAttachments(node) + network + "/"
+}
+
+// AllBlocks is the prefix of all claims.
+func (k Keys) AllBlocks() string { return k.prefix + "blocks/" }
+
+// Blocks is the prefix of the claims in a pool of an address space.
+func (k Keys) Blocks(space, pool string) string { return k.AllBlocks() + space + "/" + pool + "/" }
+
+// Block is the key of a claim.
+func (k Keys) Block(b BlockID) string {
+	return k.Blocks(b.Space, b.Pool) + spell(b.Prefix.Addr()) + "-" + strconv.Itoa(b.Prefix.Bits())
+}
+
+// Writers is the prefix of all writers.
+func (k Keys) Writers() string { return k.prefix + "writers/" }
+
+// Writer is the key that a writer swaps on each commit.
+func (k Keys) Writer(w entry.Writer) string { return k.Writers() + w.String() }
+
+// Chains is the prefix of all entries.
+func (k Keys) Chains() string { return k.prefix + "chains/" }
+
+// Chain is the prefix of one chain's entries.
+func (k Keys) Chain(w entry.Writer, c entry.ChainID) string {
+	return k.Chains() + w.String() + "/" + c.String() + "/"
+}
+
+// Entry is the key of an entry.
+func (k Keys) Entry(w entry.Writer, c entry.ChainID, seq uint64) string {
+	return k.Chain(w, c) + seqSpelling(seq)
+}
+
+func seqSpelling(seq uint64) string {
+	s := strconv.FormatUint(seq, 16)
+	return "0000000000000000"[len(s):] + s
+}
+
+// After returns the first key after all that start with prefix: the end of a
+// range read, as in etcd's clientv3.GetPrefixRangeEnd.
+func After(prefix string) string {
+	b := []byte(prefix)
+	for i := len(b) - 1; i >= 0; i-- {
+		if b[i] < 0xff {
+			b[i]++
+			return string(b[:i+1])
+		}
+	}
+	return "\x00"
+}
+
+// spell writes an address in fixed width, with its family before it.
+func spell(ip netip.Addr) string {
+	b := make([]byte, 0, 41)
+	if ip.Is4() {
+		b = append(b, '4', '/')
+		for i, o := range ip.As4() {
+			if i > 0 {
+				b = append(b, '.')
+			}
+			b = append(b, '0'+o/100, '0'+o/10%10, '0'+o%10)
+		}
+		return string(b)
+	}
+	a := ip.As16()
+	b = append(b, '6', '/')
+	for i := 0; i < 16; i += 2 {
+		if i > 0 {
+			b = append(b, ':')
+		}
+		b = hex.AppendEncode(b, a[i:i+2])
+	}
+	return string(b)
+}
+
+func unspell(family, s string) (netip.Addr, error) {
+	switch {
+	case family == "4" && len(s) == 15:
+		var o [4]byte
+		for i := range o {
+			n, err := strconv.ParseUint(s[4*i:4*i+3], 10, 8)
+			if err != nil {
+				return netip.Addr{}, fmt.Errorf("address %q: %w", s, err)
+			}
+			o[i] = byte(n)
+		}
+		return netip.AddrFrom4(o), nil
+	case family == "6" && len(s) == 39:
+		return netip.ParseAddr(s)
+	}
+	return netip.Addr{}, fmt.Errorf("address %.60q of family %.10q", s, family)
+}
+
+// AttachmentID names an attachment and the node it is on.
+type AttachmentID struct {
+	Node      string `json:"node"`
+	Network   string `json:"network"`
+	Container string `json:"container"`
+	Interface string `json:"interface"`
+}
+
+func (a AttachmentID) String() string {
+	return a.Node + "/" + a.Network + "/" + a.Container + "/" + a.Interface
+}
+
+// BlockID names a block of a pool.
+type BlockID struct {
+	Space, Pool string
+	Prefix      netip.Prefix
+}
+
+func (b BlockID) String() string { return b.Space + "/" + b.Pool + "/" + b.Prefix.String() }
+
+// Key is what a key says. Kind is its first part; the fields that belong to the
+// kind are set.
+type Key struct {
+	Kind       string // meta, stops, pools, addresses, attachments, blocks, writers, chains
+	Name       string // stops: node; pools: pool
+	Space      string
+	IP         netip.Addr
+	Attachment AttachmentID
+	Block      BlockID
+	Writer     entry.Writer
+	Chain      entry.ChainID
+	Seq        uint64
+}
+
+// Parse reads a key. It fails for keys that this package would not have built.
+func (k Keys) Parse(key string) (Key, error) {
+	rel, ok := strings.CutPrefix(key, k.prefix)
+	if !ok {
+		return Key{}, fmt.Errorf("key %.300q is not below %s", key, k.prefix)
+	}
+	p := strings.Split(rel, "/")
+	out := Key{Kind: p[0]}
+	var err error
+	again := ""
+	switch {
+	case rel == "meta":
+		again = k.Meta()
+	case p[0] == "stops" && len(p) == 2:
+		out.Name, again = p[1], k.Stop(p[1])
+		err = entry.ValidateName("node", p[1])
+	case p[0] == "pools" && len(p) == 2:
+		out.Name, again = p[1], k.Pool(p[1])
+		err = entry.ValidateName("pool", p[1])
+	case p[0] == "addresses" && len(p) == 4:
+		out.Space = p[1]
+		if out.IP, err = unspell(p[2], p[3]); err == nil {
+			again = k.Address(out.Space, out.IP)
+			err = entry.ValidateName("space", p[1])
+		}
+	case p[0] == "attachments" && len(p) == 5:
+		out.Attachment = AttachmentID{p[1], p[2], p[3], p[4]}
+		again = k.Attachment(out.Attachment)
+		for _, s := range p[1:] {
+			if s == "" {
+				err = errors.New("a part is empty")
+			}
+		}
+	case p[0] == "blocks" && len(p) == 5:
+		addr, size, _ := strings.Cut(p[4], "-")
+		var ip netip.Addr
+		var n int
+		if ip, err = unspell(p[3], addr); err == nil {
+			n, err = strconv.Atoi(size)
+		}
+		if err == nil {
+			out.Block = BlockID{p[1], p[2], netip.PrefixFrom(ip, n)}
+			if !out.Block.Prefix.IsValid() || out.Block.Prefix.Masked() != out.Block.Prefix {
+				err = errors.New("block is not aligned")
+			} else {
+				again = k.Block(out.Block)
+			}
+		}
+	case p[0] == "writers" && len(p) == 3:
+		if out.Writer, err = entry.ParseWriter(p[1] + "/" + p[2]); err == nil {
+			again = k.Writer(out.Writer)
+		}
+	case p[0] == "chains" && len(p) == 5:
+		if out.Writer, err = entry.ParseWriter(p[1] + "/" + p[2]); err != nil {
+			break
+		}
+		if out.Chain, err = entry.ParseChainID(p[3]); err != nil {
+			break
+		}
+		if out.Seq, err = strconv.ParseUint(p[4], 16, 64); err == nil {
+			again = k.Entry(out.Writer, out.Chain, out.Seq)
+		}
+	default:
+		err = errors.New("no such key in this format")
+	}
+	if err == nil && again != key {
+		err = fmt.Errorf("its spelling would be %q", again)
+	}
+	if err != nil {
+		return Key{}, fmt.Errorf("key %.300q: %w", key, err)
+	}
+	return out, nil
+}
+
+// State is whether the cluster may allocate.
+type State string
+
+// The states of Meta.
+const (
+	Running State = "running"
+	Frozen  State = "frozen"
+)
+
+// Meta is the cluster's own key. Only operators write it, and every
+// transaction compares it.
+type Meta struct {
+	Version     int       `json:"version"`
+	Cluster     string    `json:"cluster"`     // our cluster ID: a random UUID
+	EtcdCluster string    `json:"etcdCluster"` // etcd's cluster ID, 16 hex digits
+	Epoch       uint64    `json:"epoch"`       // from 1; one more at each recovery
+	State       State     `json:"state"`
+	Recovering  bool      `json:"recovering,omitempty"` // from 'recover start' to 'thaw'
+	Entry       entry.Ref `json:"entry"`                // the meta entry that wrote this
+}
+
+// EtcdClusterID spells etcd's cluster ID as Meta has it.
+func EtcdClusterID(id uint64) string { return fmt.Sprintf("%016x", id) }
+
+// Stop is put by a node that found that etcd went back in time. While any stop
+// is present nobody allocates.
+type Stop struct {
+	Node  string    `json:"node"`
+	Found string    `json:"found"` // what it found, for people
+	Time  time.Time `json:"time"`  // the node's clock
+}
+
+// AddressState says whether an address is held.
+type AddressState string
+
+// The states of Address.
+const (
+	Leased AddressState = "leased"
+	Free   AddressState = "free"
+)
+
+// Address is who holds an address, or which release freed it. A key that does
+// not exist is an address that was never held.
+type Address struct {
+	State     AddressState  `json:"state"`
+	Pool      string        `json:"pool"`
+	Holder    *AttachmentID `json:"holder,omitempty"`    // leased
+	Acquire   entry.Ref     `json:"acquire,omitzero"`    // leased
+	Release   entry.Ref     `json:"release,omitzero"`    // free
+	HeldUntil *time.Time    `json:"heldUntil,omitempty"` // free: not to be handed out before
+}
+
+// Lease is one address of an attachment with what the interface needs of its range.
+type Lease struct {
+	Address netip.Prefix `json:"address"` // the address with the length of its subnet
+	Gateway netip.Addr   `json:"gateway,omitzero"`
+}
+
+// Attachment is the node's view of what an attachment holds.
+type Attachment struct {
+	Space   string    `json:"space"`
+	Pool    string    `json:"pool"`
+	Leases  []Lease   `json:"leases"` // one a range set, in their order
+	Acquire entry.Ref `json:"acquire"`
+	Pod     string    `json:"pod,omitempty"` // namespace/name
+	PodUID  string    `json:"podUID,omitempty"`
+}
+
+// Block is a claim.
+type Block struct {
+	Node  string    `json:"node"`
+	Claim entry.Ref `json:"claim"` // the entry that claimed it
+}
+
+// Writer is the head of a writer's chain.
+type Writer struct {
+	Chain   entry.ChainID `json:"chain"`
+	Seq     uint64        `json:"seq"`
+	Hash    entry.Hash    `json:"hash"`
+	Key     string        `json:"key"`     // C2SP verifier key
+	Machine string        `json:"machine"` // machine ID of the writer's host
+	Epoch   uint64        `json:"epoch"`
+	Blocks  []string      `json:"blocks,omitempty"`   // hint: SPACE/POOL/PREFIX of its claims, newest first
+	Closed  entry.Ref     `json:"closed,omitzero"`    // the operator's close that lets the writer open another chain
+	Recover entry.Ref     `json:"recovered,omitzero"` // the recover entry of Epoch
+}
+
+// Head is the reference of the chain's last entry.
+func (w *Writer) Head() entry.Ref { return entry.Ref{Chain: w.Chain, Seq: w.Seq, Hash: w.Hash} }
+
+// Range is one range of a Pool, as host-local has it.
+type Range struct {
+	Subnet  netip.Prefix `json:"subnet"`
+	Start   netip.Addr   `json:"rangeStart,omitzero"`
+	End     netip.Addr   `json:"rangeEnd,omitzero"`
+	Gateway netip.Addr   `json:"gateway,omitzero"`
+}
+
+// Pool is the spec of a named pool.
+type Pool struct {
+	Ranges         [][]Range `json:"ranges"`
+	Exclude        []string  `json:"exclude,omitempty"`
+	Space          string    `json:"addressSpace,omitempty"`
+	StrictAffinity bool      `json:"strictAffinity,omitempty"`
+	BlockSize      int       `json:"blockSize,omitempty"` // addresses; a power of two
+	Hold           string    `json:"hold,omitempty"`      // duration as in time.ParseDuration
+}
+
+// Encode writes a value.
+func Encode(v any) []byte {
+	b, err := json.Marshal(v)
+	if err != nil { // only values of this package are encoded, and none can fail
+		panic(fmt.Sprintf("keyspace: encoding %T: %v", v, err))
+	}
+	return b
+}
+
+// Decode reads a value into v and refuses unknown fields and trailing data.
+func Decode(b []byte, v any) error {
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	if err := d.Decode(v); err != nil {
+		return fmt.Errorf("value %.60q: %w", b, err)
+	}
+	if _, err := d.Token(); err != io.EOF {
+		return fmt.Errorf("value %.60q: something follows the JSON", b)
+	}
+	return nil
+}

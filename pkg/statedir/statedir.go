@@ -1,0 +1,432 @@
+// Package statedir is what one writer remembers on its own machine: who it is,
+// how far its chain had come, what it holds, and what it still has to release.
+//
+//	lock           flock held around view, commit and mark; released by the kernel with the process
+//	key            the signing key, mode 0600, written once and fsynced
+//	mark           identity and the last commit, replaced by rename, not fsynced
+//	mark.synced    the first mark of each boot and chain, fsynced
+//	open           hash of a commit that was sent and whose outcome is not known yet
+//	queue/         releases that could not be committed, one file each, fsynced
+//	holdings/      what each attachment was told it has, one file each
+//	blocks         which blocks to look at first
+//	contact, asked time stamps: last contact with etcd, last question of STATUS
+//
+// # Guarantees
+//
+// A process killed at any instant leaves each file whole, old or new. A power
+// loss may leave files that are not fsynced old, empty or torn; mark carries a
+// checksum, and mark.synced stands in where it does not hold. That an older mark
+// comes back is harmless: whoever finds another boot than the mark's fences
+// first, and the chain leads from the old mark to the head.
+//
+// All methods but Lock, Contact and Asked expect the lock to be held.
+package statedir
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/google/renameio/v2"
+	"golang.org/x/sys/unix"
+
+	"github.com/ipam-ledger/ipam-ledger/pkg/audit/entry"
+	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
+)
+
+// DefaultPath is a node's state directory unless configured otherwise.
+const DefaultPath = "/var/lib/ipam-ledger"
+
+// ErrTorn means that neither mark nor mark.synced can be read.
+var ErrTorn = errors.New("mark is unreadable")
+
+// Dir is a state directory.
+type Dir struct{ path string }
+
+// Open makes the directory (mode 0700) if need be. It fails where that cannot be
+// done or where the directory cannot be written.
+func Open(path string) (*Dir, error) {
+	d := &Dir{path}
+	for _, p := range []string{path, d.file("queue"), d.file("holdings")} {
+		if err := os.MkdirAll(p, 0o700); err != nil {
+			return nil, fmt.Errorf("state directory: %w", err)
+		}
+	}
+	if err := unix.Access(path, unix.W_OK); err != nil {
+		return nil, fmt.Errorf("state directory %s cannot be written: %w", path, err)
+	}
+	return d, nil
+}
+
+// Path is where the directory is.
+func (d *Dir) Path() string { return d.path }
+
+func (d *Dir) file(name string) string { return filepath.Join(d.path, name) }
+
+// Lock takes the lock, waiting until ctx is done, and returns what gives it back.
+func (d *Dir) Lock(ctx context.Context) (unlock func(), err error) {
+	f, err := os.OpenFile(d.file("lock"), os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("state directory lock: %w", err)
+	}
+	if err := flock(f, unix.LOCK_EX|unix.LOCK_NB); err == nil {
+		return func() { f.Close() }, nil
+	}
+	// A blocked flock cannot be called off. Whoever gives up leaves it to a
+	// goroutine, which closes the file, and so the lock, when it gets it.
+	got := make(chan error, 1)
+	go func() { got <- flock(f, unix.LOCK_EX) }()
+	select {
+	case err := <-got:
+		if err != nil {
+			f.Close()
+			return nil, fmt.Errorf("state directory lock %s: %w", f.Name(), err)
+		}
+		return func() { f.Close() }, nil
+	case <-ctx.Done():
+		go func() { <-got; f.Close() }()
+		return nil, fmt.Errorf("state directory lock %s is held by another process: %w", f.Name(), ctx.Err())
+	}
+}
+
+func flock(f *os.File, how int) error {
+	for {
+		if err := unix.Flock(int(f.Fd()), how); err != unix.EINTR {
+			return err
+		}
+	}
+}
+
+// Mark is identity and last commit, in one file so that one rename replaces both.
+type Mark struct {
+	Writer      string        `json:"writer"`  // kind/name
+	Machine     string        `json:"machine"` // machine ID
+	Cluster     string        `json:"cluster"` // our cluster ID
+	EtcdCluster string        `json:"etcdCluster"`
+	Epoch       uint64        `json:"epoch"`
+	Chain       entry.ChainID `json:"chain"`
+	Seq         uint64        `json:"seq"` // 0: the chain's open may not have been committed
+	Hash        entry.Hash    `json:"hash"`
+	Revision    int64         `json:"revision"` // the highest seen
+	Boot        string        `json:"boot"`     // boot ID at the last commit
+	// Previous is the mark of the chain that this one will continue, while Seq is 0.
+	Previous entry.Ref `json:"previous,omitzero"`
+}
+
+// Ref is the entry at the mark; zero while Seq is 0.
+func (m *Mark) Ref() entry.Ref {
+	if m.Seq == 0 {
+		return entry.Ref{}
+	}
+	return entry.Ref{Chain: m.Chain, Seq: m.Seq, Hash: m.Hash}
+}
+
+// LoadMark reads the mark: nil if there is none, ErrTorn if there is none that
+// can be read.
+func (d *Dir) LoadMark() (*Mark, error) {
+	m, err := d.readMark("mark")
+	if err == nil && m != nil {
+		return m, nil
+	}
+	s, serr := d.readMark("mark.synced")
+	if serr == nil && s != nil {
+		return s, nil
+	}
+	return nil, errors.Join(err, serr)
+}
+
+func (d *Dir) readMark(name string) (*Mark, error) {
+	b, err := os.ReadFile(d.file(name))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	} else if err != nil {
+		return nil, fmt.Errorf("state directory: %w", err)
+	}
+	body, sum, ok := strings.Cut(string(b), "\n")
+	want := sha256.Sum256([]byte(body))
+	m := new(Mark)
+	if !ok || sum != hex.EncodeToString(want[:])+"\n" || json.Unmarshal([]byte(body), m) != nil {
+		return nil, fmt.Errorf("%w: %s holds %d bytes that its checksum does not fit", ErrTorn, d.file(name), len(b))
+	}
+	return m, nil
+}
+
+// SaveMark replaces the mark. With durable it is fsynced, also under its second
+// name: for the first of each boot and chain, and for identities.
+func (d *Dir) SaveMark(m *Mark, durable bool) error {
+	body := keyspace.Encode(m)
+	sum := sha256.Sum256(body)
+	b := append(append(body, '\n'), hex.EncodeToString(sum[:])+"\n"...)
+	if durable {
+		// The second name first: a crash in between leaves a newer stand-in
+		// beside an older mark, and readers prefer the mark.
+		if err := d.writeSynced("mark.synced", b); err != nil {
+			return err
+		}
+		return d.writeSynced("mark", b)
+	}
+	return d.replace("mark", b)
+}
+
+// replace writes by rename, without fsync.
+func (d *Dir) replace(name string, b []byte) error {
+	tmp := d.file(name) + ".new"
+	if err := os.WriteFile(tmp, b, 0o600); err != nil {
+		return fmt.Errorf("state directory: %w", err)
+	}
+	if err := os.Rename(tmp, d.file(name)); err != nil {
+		return fmt.Errorf("state directory: %w", err)
+	}
+	return nil
+}
+
+func (d *Dir) writeSynced(name string, b []byte) error {
+	if err := renameio.WriteFile(d.file(name), b, 0o600, renameio.WithTempDir(d.path)); err != nil {
+		return fmt.Errorf("state directory: %w", err)
+	}
+	return d.sync(filepath.Dir(name))
+}
+
+// sync makes names durable.
+func (d *Dir) sync(sub string) error {
+	f, err := os.Open(d.file(sub))
+	if err != nil {
+		return fmt.Errorf("state directory: %w", err)
+	}
+	defer f.Close()
+	if err := f.Sync(); err != nil {
+		return fmt.Errorf("state directory: %w", err)
+	}
+	return nil
+}
+
+// Key returns the signing key as a C2SP signer key, "" if there is none. A key
+// that others can read is refused.
+func (d *Dir) Key() (string, error) {
+	f, err := os.Open(d.file("key"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	} else if err != nil {
+		return "", fmt.Errorf("state directory: %w", err)
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return "", fmt.Errorf("state directory: %w", err)
+	}
+	if st.Mode().Perm()&0o077 != 0 {
+		return "", fmt.Errorf("signing key %s has mode %04o: others can read it; chmod 600 it, and replace the writer if they may have", f.Name(), st.Mode().Perm())
+	}
+	b, err := os.ReadFile(f.Name())
+	if err != nil {
+		return "", fmt.Errorf("state directory: %w", err)
+	}
+	return strings.TrimSuffix(string(b), "\n"), nil
+}
+
+// SaveKey writes the signing key durably.
+func (d *Dir) SaveKey(skey string) error { return d.writeSynced("key", []byte(skey+"\n")) }
+
+// Begin notes the hash of a commit that is about to be sent.
+func (d *Dir) Begin(h entry.Hash) error {
+	if err := os.WriteFile(d.file("open"), []byte(h.String()+"\n"), 0o600); err != nil {
+		return fmt.Errorf("state directory: %w", err)
+	}
+	return nil
+}
+
+// Pending reports whether a commit's outcome is unknown.
+func (d *Dir) Pending() (bool, error) {
+	_, err := os.Lstat(d.file("open"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	} else if err != nil {
+		return false, fmt.Errorf("state directory: %w", err)
+	}
+	return true, nil
+}
+
+// Settled notes that the outcome is known.
+func (d *Dir) Settled() error {
+	if err := os.Remove(d.file("open")); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("state directory: %w", err)
+	}
+	return nil
+}
+
+// Queued is a release that waits for etcd.
+type Queued struct {
+	Attachment keyspace.AttachmentID `json:"attachment"`
+	Time       time.Time             `json:"time"`
+	Reason     string                `json:"reason"`
+	Hold       time.Duration         `json:"hold,omitempty"` // nanoseconds
+}
+
+func nameOf(a keyspace.AttachmentID) string {
+	sum := sha256.Sum256([]byte(a.String()))
+	return hex.EncodeToString(sum[:16]) + ".json"
+}
+
+// Enqueue writes a release down durably. Twice is once.
+func (d *Dir) Enqueue(q Queued) error {
+	return d.writeSynced(filepath.Join("queue", nameOf(q.Attachment)), keyspace.Encode(q))
+}
+
+// Dequeue removes a release that has been settled.
+func (d *Dir) Dequeue(a keyspace.AttachmentID) error { return d.remove("queue", a) }
+
+func (d *Dir) remove(sub string, a keyspace.AttachmentID) error {
+	if err := os.Remove(d.file(filepath.Join(sub, nameOf(a)))); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("state directory: %w", err)
+	}
+	return nil
+}
+
+// Queue lists the releases that wait, oldest first.
+func (d *Dir) Queue() ([]Queued, error) {
+	q, err := readAll[Queued](d, "queue")
+	slices.SortFunc(q, func(a, b Queued) int { return a.Time.Compare(b.Time) })
+	return q, err
+}
+
+// IsQueued reports whether a release of a waits.
+func (d *Dir) IsQueued(a keyspace.AttachmentID) bool {
+	_, err := os.Lstat(d.file(filepath.Join("queue", nameOf(a))))
+	return err == nil
+}
+
+// Holding is what an attachment was told it has.
+type Holding struct {
+	ID    keyspace.AttachmentID `json:"id"`
+	Value keyspace.Attachment   `json:"value"`
+}
+
+// Hold notes a holding.
+func (d *Dir) Hold(h Holding) error {
+	return d.replace(filepath.Join("holdings", nameOf(h.ID)), keyspace.Encode(h))
+}
+
+// Unhold forgets a holding.
+func (d *Dir) Unhold(a keyspace.AttachmentID) error { return d.remove("holdings", a) }
+
+// Holding reads one holding; nil if there is none that can be read.
+func (d *Dir) Holding(a keyspace.AttachmentID) *Holding {
+	h := new(Holding)
+	b, err := os.ReadFile(d.file(filepath.Join("holdings", nameOf(a))))
+	if err != nil || keyspace.Decode(b, h) != nil || h.ID != a {
+		return nil
+	}
+	return h
+}
+
+// Holdings lists all holdings. Files that a power loss tore are an error that
+// names them: the recover drill must not take them for nothing.
+func (d *Dir) Holdings() ([]Holding, error) {
+	h, err := readAll[Holding](d, "holdings")
+	slices.SortFunc(h, func(a, b Holding) int { return strings.Compare(a.ID.String(), b.ID.String()) })
+	return h, err
+}
+
+// readAll returns what can be read and joins the errors of what cannot.
+func readAll[T any](d *Dir, sub string) ([]T, error) {
+	names, err := os.ReadDir(d.file(sub))
+	if err != nil {
+		return nil, fmt.Errorf("state directory: %w", err)
+	}
+	var out []T
+	var errs []error
+	for _, n := range names {
+		if !strings.HasSuffix(n.Name(), ".json") {
+			continue // a temporary file of a killed process
+		}
+		b, err := os.ReadFile(d.file(filepath.Join(sub, n.Name())))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		var v T
+		if err == nil {
+			err = keyspace.Decode(b, &v)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("state directory: %s: %w", d.file(filepath.Join(sub, n.Name())), err))
+			continue
+		}
+		out = append(out, v)
+	}
+	return out, errors.Join(errs...)
+}
+
+// Blocks returns the hint which blocks of a pool to look at, newest first.
+func (d *Dir) Blocks(space, pool string) []netip.Prefix {
+	return d.blocks()[space+"/"+pool]
+}
+
+func (d *Dir) blocks() map[string][]netip.Prefix {
+	m := map[string][]netip.Prefix{}
+	if b, err := os.ReadFile(d.file("blocks")); err == nil {
+		_ = json.Unmarshal(b, &m) // a hint: what cannot be read is no hint
+	}
+	return m
+}
+
+// SaveBlocks replaces the hint for a pool.
+func (d *Dir) SaveBlocks(space, pool string, blocks []netip.Prefix) error {
+	m := d.blocks()
+	if slices.Equal(m[space+"/"+pool], blocks) {
+		return nil
+	}
+	m[space+"/"+pool] = blocks
+	return d.replace("blocks", keyspace.Encode(m))
+}
+
+// Touch sets a time stamp ("contact" or "asked") to now.
+func (d *Dir) Touch(name string) error {
+	p := d.file(name)
+	now := time.Now()
+	if err := os.Chtimes(p, now, now); err == nil {
+		return nil
+	}
+	if err := os.WriteFile(p, nil, 0o600); err != nil {
+		return fmt.Errorf("state directory: %w", err)
+	}
+	return nil
+}
+
+// Since says how long ago a time stamp was set; false if never.
+func (d *Dir) Since(name string) (time.Duration, bool) {
+	st, err := os.Stat(d.file(name))
+	if err != nil {
+		return 0, false
+	}
+	return time.Since(st.ModTime()), true
+}
+
+// MachineID is the ID of this machine (machine-id(5)), "none" where there is
+// none: then clones cannot be told apart.
+func MachineID() string {
+	for _, p := range []string{"/etc/machine-id", "/var/lib/dbus/machine-id"} {
+		if b, err := os.ReadFile(p); err == nil && len(strings.TrimSpace(string(b))) > 0 {
+			return strings.TrimSpace(string(b))
+		}
+	}
+	return "none"
+}
+
+// BootID is the kernel's ID of this boot (random(4)).
+func BootID() string {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "unknown"
+	}
+	return strings.TrimSpace(string(b))
+}
