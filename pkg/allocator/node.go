@@ -1,0 +1,589 @@
+package allocator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/ipam-ledger/ipam-ledger/pkg/audit/entry"
+	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
+	"github.com/ipam-ledger/ipam-ledger/pkg/statedir"
+)
+
+// Request is what an attachment asks for.
+type Request struct {
+	ID        keyspace.AttachmentID
+	Pool      *Pool        // nil: the named pool PoolName
+	PoolName  string       // of a named pool, whose spec is read and compared
+	Requested []netip.Addr // at most one for a range set
+	Pod       string       // namespace/name
+	PodUID    string
+	Trace     string
+	Reason    string
+}
+
+// drainLimit is how many queued releases one call settles at most, so that a
+// long queue does not hold up a pod.
+const drainLimit = 8
+
+// Acquire gives an attachment one address of each range set of the pool, or
+// none. Called again for an attachment that holds addresses it returns them.
+//
+// Errors: ErrExhausted, ErrNotAvailable, ErrNoPool, ErrIntegrity,
+// ErrNotInitialised, ErrUnavailable, ErrNoSpace, ErrState. ErrUnknownOutcome
+// means that the lease may exist; its release has been queued, and calling again
+// is safe.
+func (w *Writer) Acquire(ctx context.Context, req Request) (*keyspace.Attachment, error) {
+	var out *keyspace.Attachment
+	err := w.with(ctx, func(s *session) error {
+		if err := s.drain(req.ID); err != nil {
+			return err
+		}
+		var err error
+		out, err = s.acquire(&req)
+		return err
+	})
+	if err != nil {
+		return nil, w.orQueue(req.ID, err)
+	}
+	return out, nil
+}
+
+// orQueue queues the release of an attachment whose acquire may have happened
+// though the caller is told that it did not.
+func (w *Writer) orQueue(id keyspace.AttachmentID, err error) error {
+	pending, perr := w.Dir.Pending()
+	if !errors.Is(err, ErrUnknownOutcome) && !errors.Is(err, errCommitted) && !pending && perr == nil {
+		return err
+	}
+	if qerr := w.Dir.Enqueue(statedir.Queued{Attachment: id, Time: w.Now().UTC(), Reason: "add failed"}); qerr != nil {
+		return errors.Join(err, fmt.Errorf("%w: queueing the release: %w", ErrState, qerr))
+	}
+	return err
+}
+
+// errCommitted marks an error that came after the commit.
+var errCommitted = errors.New("committed, then failed")
+
+func (s *session) acquire(req *Request) (*keyspace.Attachment, error) {
+	pool := req.Pool
+	q := question{pool: pool, node: req.ID.Node, requested: req.Requested}
+	if pool != nil {
+		q.hints = s.Dir.Blocks(pool.Space, pool.Name)
+	}
+	for serializable := true; ; serializable = false {
+		out, err := s.tryAcquire(req, q, serializable)
+		if err == nil {
+			return out, nil
+		}
+		switch {
+		case errors.Is(err, errAgain):
+			q.lost++
+		case serializable && !errors.Is(err, ErrUnavailable) && !errors.Is(err, ErrUnknownOutcome):
+			// Only a linearizable view may say no.
+		default:
+			return nil, err
+		}
+		if s.ctx.Err() != nil {
+			return nil, fmt.Errorf("%w: gave up after %d conflicts: %w", ErrUnavailable, q.lost, s.ctx.Err())
+		}
+		if q.lost > 2 {
+			s.pause(q.lost)
+		}
+	}
+}
+
+func (s *session) tryAcquire(req *Request, q question, serializable bool) (*keyspace.Attachment, error) {
+	attachment := s.Keys.Attachment(req.ID)
+	gets := []Get{{Key: attachment}}
+	if q.pool == nil {
+		gets = append(gets, Get{Key: s.Keys.Pool(req.PoolName)})
+	}
+	// What the planner will ask for first, so that one read suffices.
+	var first need
+	k := newKnown()
+	q.now, q.random = s.Now(), s.Random()
+	if q.pool != nil {
+		_, n, err := plan(&q, k)
+		if err != nil {
+			return nil, err // decided without reading: no view could change it
+		}
+		first = *n
+		gets = append(gets, s.gets(q.pool, &first)...)
+	}
+	v, err := s.look(serializable, gets...)
+	if err != nil {
+		return nil, err
+	}
+	serializable = v.serializable
+	if kvs := v.extra[0].KVs; len(kvs) == 1 {
+		return s.existing(req, kvs[0], v)
+	}
+	if err := s.refused(v); err != nil {
+		return nil, err
+	}
+	change := change{compare: []Compare{{Key: attachment}}}
+	if q.pool == nil {
+		p, mod, err := s.namedPool(req.PoolName, v.extra[1])
+		if err != nil {
+			return nil, err
+		}
+		q.pool, q.hints = p, s.Dir.Blocks(p.Space, p.Name)
+		change.compare = append(change.compare, Compare{Key: s.Keys.Pool(req.PoolName), Mod: mod})
+	} else if err := s.learn(k, &first, v.extra[1:]); err != nil {
+		return nil, err
+	}
+	choices, err := s.choose(&q, k, serializable)
+	if err != nil {
+		return nil, err
+	}
+
+	value := keyspace.Attachment{Space: q.pool.Space, Pool: q.pool.Name, Pod: req.Pod, PodUID: req.PodUID}
+	e := &entry.Entry{
+		Op: entry.Acquire, Space: q.pool.Space, Pool: q.pool.Name,
+		Network: req.ID.Network, Container: req.ID.Container, Interface: req.ID.Interface, Node: req.ID.Node,
+		Pod: req.Pod, PodUID: req.PodUID, Trace: req.Trace, Reason: req.Reason,
+	}
+	var claims []keyspace.BlockID
+	hints := q.hints
+	for _, c := range choices {
+		value.Leases = append(value.Leases, c.lease)
+		e.Addresses = append(e.Addresses, entry.Address{IP: c.ip, After: c.after})
+		change.compare = append(change.compare, Compare{Key: s.Keys.Address(q.pool.Space, c.ip), Mod: c.mod})
+		block := keyspace.BlockID{Space: q.pool.Space, Pool: q.pool.Name, Prefix: c.block}
+		switch {
+		case c.claim && !slices.Contains(claims, block):
+			claims = append(claims, block)
+			e.Blocks = append(e.Blocks, c.block)
+			change.compare = append(change.compare, Compare{Key: s.Keys.Block(block), Mod: k.blocks[c.block].mod})
+		case c.own != 0:
+			change.compare = append(change.compare, Compare{Key: s.Keys.Block(block), Mod: c.own})
+		}
+		if c.block.IsValid() {
+			hints = append([]netip.Prefix{c.block}, slices.DeleteFunc(slices.Clone(hints), func(p netip.Prefix) bool { return p == c.block })...)
+		}
+	}
+	change.entries = []*entry.Entry{e}
+	change.writes = func(refs []entry.Ref) []Write {
+		value.Acquire = refs[0]
+		writes := s.putAddresses(q.pool.Space, q.pool.Name, addrsOf(value.Leases), req.ID, refs[0])
+		writes = append(writes, Write{Key: attachment, Value: keyspace.Encode(value)})
+		for _, b := range claims {
+			writes = append(writes, Write{Key: s.Keys.Block(b), Value: keyspace.Encode(keyspace.Block{Node: req.ID.Node, Claim: refs[0]})})
+		}
+		return writes
+	}
+	if _, err := s.commit(v, change); err != nil {
+		return nil, err
+	}
+	// A crash from here on leaves the lease without a holding; the runtime got
+	// no answer and will DEL.
+	if err := s.Dir.SaveBlocks(q.pool.Space, q.pool.Name, hints[:min(len(hints), maxHints)]); err != nil {
+		s.Log.Warn("the hint which block to look at was not kept", "err", err)
+	}
+	return &value, s.hold(req.ID, value)
+}
+
+func (s *session) hold(id keyspace.AttachmentID, value keyspace.Attachment) error {
+	if err := s.Dir.Hold(statedir.Holding{ID: id, Value: value}); err != nil {
+		return fmt.Errorf("%w: %w: %w", errCommitted, ErrState, err)
+	}
+	return nil
+}
+
+// choose plans, reading what the planner needs.
+func (s *session) choose(q *question, k *known, serializable bool) ([]choice, error) {
+	for {
+		choices, n, err := plan(q, k)
+		if err != nil || n == nil {
+			return choices, err
+		}
+		r, err := s.Store.Read(s.ctx, serializable, s.gets(q.pool, n))
+		if err != nil {
+			return nil, err
+		}
+		if err := s.learn(k, n, r.Ranges); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// existing answers an ADD for an attachment that holds addresses.
+func (s *session) existing(req *Request, kv KV, v *view) (*keyspace.Attachment, error) {
+	if v.serializable {
+		return nil, errors.New("must be read again, linearizable")
+	}
+	var a keyspace.Attachment
+	if err := keyspace.Decode(kv.Value, &a); err != nil {
+		return nil, fmt.Errorf("%w: %s: %w; run 'ledger verify'", ErrIntegrity, kv.Key, err)
+	}
+	if err := s.confirm(req.ID, &a); err != nil {
+		return nil, err
+	}
+	for _, ip := range req.Requested {
+		if !slices.Contains(addrsOf(a.Leases), ip) {
+			return nil, fmt.Errorf("%w: %v was asked for, and %v holds %v already", ErrNotAvailable, ip, req.ID, addrsOf(a.Leases))
+		}
+	}
+	return &a, s.hold(req.ID, a)
+}
+
+// confirm reads, linearizable, whether each address of an attachment names it.
+func (s *session) confirm(id keyspace.AttachmentID, a *keyspace.Attachment) error {
+	r, err := s.Store.Read(s.ctx, false, s.addressGets(a.Space, a.Leases))
+	if err != nil {
+		return err
+	}
+	_, err = s.leased(id, a, r.Ranges)
+	return err
+}
+
+// leased checks that address keys say what the attachment says, and returns
+// their mod_revisions.
+func (s *session) leased(id keyspace.AttachmentID, a *keyspace.Attachment, answers []Range) ([]Compare, error) {
+	var compare []Compare
+	for i, l := range a.Leases {
+		key := s.Keys.Address(a.Space, l.Address.Addr())
+		var v keyspace.Address
+		if len(answers[i].KVs) == 0 {
+			return nil, fmt.Errorf("%w: %s is absent, and attachment %v holds it; run 'ledger verify'", ErrIntegrity, key, id)
+		}
+		kv := answers[i].KVs[0]
+		if err := decodeAddress(kv.Value, &v); err != nil {
+			return nil, fmt.Errorf("%w: %s: %w; run 'ledger verify'", ErrIntegrity, key, err)
+		}
+		if v.State != keyspace.Leased || *v.Holder != id || v.Acquire != a.Acquire {
+			return nil, fmt.Errorf("%w: %s names another lease than attachment %v; run 'ledger verify'", ErrIntegrity, key, id)
+		}
+		compare = append(compare, Compare{Key: key, Mod: kv.Mod})
+	}
+	return compare, nil
+}
+
+func (s *session) namedPool(name string, r Range) (*Pool, int64, error) {
+	if len(r.KVs) == 0 {
+		return nil, 0, fmt.Errorf("%w: %q (%s is absent)", ErrNoPool, name, s.Keys.Pool(name))
+	}
+	var spec keyspace.Pool
+	if err := keyspace.Decode(r.KVs[0].Value, &spec); err != nil {
+		return nil, 0, fmt.Errorf("%w: %q: %w", ErrNoPool, name, err)
+	}
+	p, err := PoolFromSpec(name, &spec)
+	if err != nil {
+		return nil, 0, fmt.Errorf("%w: %q: %w", ErrNoPool, name, err)
+	}
+	return p, r.KVs[0].Mod, nil
+}
+
+// Release ends the lease of an attachment. That there is none is success. Where
+// etcd or the ledger does not let it, the release is queued, which is success
+// too: only where that fails does it return an error, ErrState.
+func (w *Writer) Release(ctx context.Context, id keyspace.AttachmentID, reason string, hold time.Duration) error {
+	err := w.with(ctx, func(s *session) error {
+		if err := s.release(id, reason, hold); err != nil {
+			return err
+		}
+		if err := s.forget(id); err != nil {
+			return err
+		}
+		s.drainSome(keyspace.AttachmentID{})
+		return nil
+	})
+	if err == nil {
+		return nil
+	}
+	w.Log.Warn("release queued", "attachment", id.String(), "err", err)
+	if err := w.Dir.Enqueue(statedir.Queued{Attachment: id, Time: w.Now().UTC(), Reason: reason, Hold: hold}); err != nil {
+		return fmt.Errorf("%w: release of %v can be neither committed nor queued: %w", ErrState, id, err)
+	}
+	// The runtime is told that it is gone, so a recovery must not bring it back.
+	if err := w.Dir.Unhold(id); err != nil {
+		return fmt.Errorf("%w: %w", ErrState, err)
+	}
+	return nil
+}
+
+// forget is what the state directory does after a release that is settled.
+func (s *session) forget(id keyspace.AttachmentID) error {
+	if err := s.Dir.Unhold(id); err != nil {
+		return fmt.Errorf("%w: %w", ErrState, err)
+	}
+	if err := s.Dir.Dequeue(id); err != nil {
+		return fmt.Errorf("%w: %w", ErrState, err)
+	}
+	return nil
+}
+
+// release commits the end of an attachment's lease, whatever it is. That there
+// is none is read linearizable.
+func (s *session) release(id keyspace.AttachmentID, reason string, hold time.Duration) error {
+	// With what we noted at the acquire, one read suffices.
+	var guess *keyspace.Attachment
+	if h := s.Dir.Holding(id); h != nil {
+		guess = &h.Value
+	}
+	for serializable, tries := true, 0; ; serializable = false {
+		next, err := s.tryRelease(id, guess, reason, hold, serializable)
+		switch {
+		case err == nil && next == nil:
+			return nil
+		case err == nil:
+			guess = next // its addresses must be read too
+		case errors.Is(err, errAgain):
+			if tries++; tries > 2 {
+				s.pause(tries)
+			}
+		case serializable && !errors.Is(err, ErrUnavailable) && !errors.Is(err, ErrUnknownOutcome):
+		default:
+			return err
+		}
+		if s.ctx.Err() != nil {
+			return fmt.Errorf("%w: %w", ErrUnavailable, s.ctx.Err())
+		}
+	}
+}
+
+// tryRelease returns the attachment's value if it is not as guessed.
+func (s *session) tryRelease(id keyspace.AttachmentID, guess *keyspace.Attachment, reason string, hold time.Duration, serializable bool) (*keyspace.Attachment, error) {
+	attachment := s.Keys.Attachment(id)
+	gets := []Get{{Key: attachment}}
+	if guess != nil {
+		gets = append(gets, s.addressGets(guess.Space, guess.Leases)...)
+	}
+	v, err := s.look(serializable, gets...)
+	if err != nil {
+		return nil, err
+	}
+	if len(v.extra[0].KVs) == 0 {
+		if v.serializable {
+			return nil, errors.New("must be read again, linearizable")
+		}
+		return nil, nil
+	}
+	kv := v.extra[0].KVs[0]
+	var a keyspace.Attachment
+	if err := keyspace.Decode(kv.Value, &a); err != nil {
+		return nil, fmt.Errorf("%w: %s: %w; run 'ledger verify'", ErrIntegrity, kv.Key, err)
+	}
+	if guess == nil || a.Space != guess.Space || !slices.Equal(addrsOf(a.Leases), addrsOf(guess.Leases)) {
+		return &a, nil
+	}
+	if err := s.refused(v); err != nil {
+		return nil, err
+	}
+	compare, err := s.leased(id, &a, v.extra[1:])
+	if err != nil {
+		return nil, err
+	}
+	e := &entry.Entry{
+		Op: entry.Release, Space: a.Space, Pool: a.Pool, Acquire: a.Acquire,
+		Network: id.Network, Container: id.Container, Interface: id.Interface, Node: id.Node,
+		Pod: a.Pod, PodUID: a.PodUID, Reason: reason,
+	}
+	for _, ip := range addrsOf(a.Leases) {
+		e.Addresses = append(e.Addresses, entry.Address{IP: ip})
+	}
+	var until *time.Time
+	if hold > 0 {
+		t := s.Now().UTC().Add(hold).Truncate(time.Second)
+		until = &t
+	}
+	_, err = s.commit(v, change{
+		entries: []*entry.Entry{e},
+		compare: append(compare, Compare{Key: attachment, Mod: kv.Mod}),
+		writes: func(refs []entry.Ref) []Write {
+			writes := []Write{{Key: attachment, Delete: true}}
+			for _, ip := range addrsOf(a.Leases) {
+				free := keyspace.Address{State: keyspace.Free, Pool: a.Pool, Release: refs[0], HeldUntil: until}
+				writes = append(writes, Write{Key: s.Keys.Address(a.Space, ip), Value: keyspace.Encode(free)})
+			}
+			return writes
+		},
+	})
+	return nil, err
+}
+
+// drain settles the queued release of id, if there is one, and some others.
+func (s *session) drain(id keyspace.AttachmentID) error {
+	if s.Dir.IsQueued(id) {
+		if err := s.release(id, "queued release", 0); err != nil {
+			return err
+		}
+		if err := s.forget(id); err != nil {
+			return err
+		}
+	}
+	s.drainSome(id)
+	return nil
+}
+
+// drainSome settles some queued releases; one that cannot be settled now waits on.
+func (s *session) drainSome(but keyspace.AttachmentID) (left int) {
+	queue, err := s.Dir.Queue()
+	if err != nil {
+		s.Log.Warn("the queue of releases cannot be read in full", "err", err)
+	}
+	for i, q := range queue {
+		if q.Attachment == but {
+			continue
+		}
+		if i >= drainLimit {
+			return len(queue) - i
+		}
+		if err := s.release(q.Attachment, queuedReason(q), q.Hold); err != nil {
+			s.Log.Warn("a queued release waits on", "attachment", q.Attachment.String(), "err", err)
+			return len(queue) - i
+		}
+		if err := s.forget(q.Attachment); err != nil {
+			s.Log.Warn("a queued release is done and cannot be taken off the queue", "err", err)
+			return len(queue) - i
+		}
+	}
+	return 0
+}
+
+func queuedReason(q statedir.Queued) string {
+	return fmt.Sprintf("%s; queued %s", q.Reason, q.Time.Format(time.RFC3339))
+}
+
+// Drain settles queued releases until none is left or one cannot be settled; it
+// returns how many wait on.
+func (w *Writer) Drain(ctx context.Context) (left int, err error) {
+	for {
+		before := left
+		err = w.with(ctx, func(s *session) error {
+			v, err := s.look(false)
+			if err != nil {
+				return err
+			}
+			if err := s.refused(v); err != nil {
+				return err
+			}
+			left = s.drainSome(keyspace.AttachmentID{})
+			return nil
+		})
+		if err != nil || left == 0 || left == before {
+			return left, err
+		}
+	}
+}
+
+// Check reports ErrMismatch unless the attachment holds every one of ips and
+// nothing else of its own is missing among them.
+func (w *Writer) Check(ctx context.Context, id keyspace.AttachmentID, ips []netip.Addr) error {
+	return w.with(ctx, func(s *session) error {
+		v, err := s.look(false, Get{Key: s.Keys.Attachment(id)})
+		if err != nil {
+			return err
+		}
+		if len(v.extra[0].KVs) == 0 {
+			return fmt.Errorf("%w: %v holds no address, and prevResult says %v", ErrMismatch, id, ips)
+		}
+		var a keyspace.Attachment
+		if err := keyspace.Decode(v.extra[0].KVs[0].Value, &a); err != nil {
+			return fmt.Errorf("%w: %s: %w; run 'ledger verify'", ErrIntegrity, v.extra[0].KVs[0].Key, err)
+		}
+		if err := s.confirm(id, &a); err != nil {
+			return err
+		}
+		for _, ip := range addrsOf(a.Leases) {
+			if !slices.Contains(ips, ip) {
+				return fmt.Errorf("%w: %v holds %v, which is not in prevResult's %v", ErrMismatch, id, ip, ips)
+			}
+		}
+		return nil
+	})
+}
+
+// GC releases what this node holds for a network and keep does not list. One
+// release that fails does not keep the others from being tried.
+func (w *Writer) GC(ctx context.Context, network string, keep map[keyspace.AttachmentID]bool, hold time.Duration) (released []keyspace.AttachmentID, err error) {
+	node := w.Config.Writer.Name
+	var ids []keyspace.AttachmentID
+	// Each release takes the lock and the deadline anew: a long list must not
+	// keep pods of this node waiting.
+	err = w.with(ctx, func(s *session) error {
+		prefix := s.Keys.NetworkAttachments(node, network)
+		v, err := s.look(false, Get{Key: prefix, End: keyspace.After(prefix)})
+		if err != nil {
+			return err
+		}
+		if err := s.refused(v); err != nil {
+			return err
+		}
+		for _, kv := range v.extra[0].KVs {
+			key, err := s.Keys.Parse(kv.Key)
+			if err != nil {
+				s.Log.Warn("a key that nobody should have put there", "err", err)
+				continue
+			}
+			if !keep[key.Attachment] {
+				ids = append(ids, key.Attachment)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	var errs []error
+	for _, id := range ids {
+		err := w.with(ctx, func(s *session) error {
+			if err := s.release(id, "gc: unknown to the runtime", hold); err != nil {
+				return err
+			}
+			return s.forget(id)
+		})
+		if err != nil {
+			errs = append(errs, fmt.Errorf("releasing %v: %w", id, err))
+			continue
+		}
+		released = append(released, id)
+	}
+	return released, errors.Join(errs...)
+}
+
+// Probe is STATUS's question: it fails for what is wrong with this writer
+// alone, identity or chain (ErrIntegrity) or contact (ErrUnavailable), and not
+// for what is cluster-wide. It drains the queue on the way.
+func (w *Writer) Probe(ctx context.Context) error {
+	return w.with(ctx, func(s *session) error {
+		v, err := s.look(false)
+		if errors.Is(err, errRollback) || errors.Is(err, errDrill) || errors.Is(err, ErrNotInitialised) {
+			s.Log.Warn("cluster-wide, so not this node's status", "err", err)
+			return nil
+		} else if err != nil {
+			return err
+		}
+		if err := s.refused(v); err != nil {
+			s.Log.Warn("cluster-wide, so not this node's status", "err", err)
+			return nil
+		}
+		s.drainSome(keyspace.AttachmentID{})
+		return nil
+	})
+}
+
+// Identity checks, without etcd, that the state directory is this writer's.
+func (w *Writer) Identity() error {
+	s := &session{Writer: w}
+	if err := s.identify(); err != nil {
+		return err
+	}
+	return s.broken
+}
+
+// pause waits a moment that grows with tries, or until the deadline.
+func (s *session) pause(tries int) {
+	d := time.Millisecond << min(tries, 7)
+	d = d/2 + time.Duration(s.Random()%uint64(d))
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-s.ctx.Done():
+	}
+}

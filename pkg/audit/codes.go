@@ -1,0 +1,126 @@
+package audit
+
+import (
+	"fmt"
+	"strings"
+)
+
+// Code names a kind of finding. Codes do not change their meaning.
+type Code string
+
+// The codes. Codes has their meaning.
+const (
+	Malformed      Code = "MALFORMED"
+	Unsigned       Code = "UNSIGNED"
+	BadSignature   Code = "BAD-SIGNATURE"
+	UntrustedKey   Code = "UNTRUSTED-KEY"
+	HashMismatch   Code = "HASH-MISMATCH"
+	Missing        Code = "MISSING"
+	HeadRollback   Code = "HEAD-ROLLBACK"
+	Fork           Code = "FORK"
+	Replay         Code = "REPLAY"
+	Order          Code = "ORDER"
+	WrongChain     Code = "WRONG-CHAIN"
+	WrongNode      Code = "WRONG-NODE"
+	Equivocation   Code = "EQUIVOCATION"
+	Rewritten      Code = "REWRITTEN"
+	LeasedKey      Code = "LEASED-KEY"
+	Revision       Code = "REVISION"
+	StaleEpoch     Code = "STALE-EPOCH"
+	DoubleAlloc    Code = "DOUBLE-ALLOC"
+	DoubleLease    Code = "DOUBLE-LEASE"
+	BrokenHistory  Code = "BROKEN-HISTORY"
+	ReleaseNoHold  Code = "RELEASE-NO-HOLD"
+	DoubleClaim    Code = "DOUBLE-CLAIM"
+	AllocNoEntry   Code = "ALLOC-NO-ENTRY"
+	StateMissing   Code = "STATE-MISSING"
+	StateDiffers   Code = "STATE-DIFFERS"
+	UnknownKey     Code = "UNKNOWN-KEY"
+	Rollback       Code = "ROLLBACK"
+	ArchiveCorrupt Code = "ARCHIVE-CORRUPT"
+	TrailingData   Code = "TRAILING-DATA"
+	UnknownVersion Code = "UNKNOWN-VERSION"
+	ClockSkew      Code = "CLOCK-SKEW"
+)
+
+// Codes is the table of all codes.
+var Codes = []struct {
+	Code    Code
+	Meaning string
+}{
+	{Malformed, "an entry or a value is not what this program would have written: edited, torn, or of another program"},
+	{Unsigned, "an entry has no signature line"},
+	{BadSignature, "an entry is not signed by the key that was in force in its chain"},
+	{UntrustedKey, "a chain was opened with a key that is not in the key file, nor reached from one by rotation"},
+	{HashMismatch, "an entry's bytes are not those whose hash the next entry, or the writer's head, holds"},
+	{Missing, "entries are gone: a gap in a chain, a tail that the writer's head still names, or a predecessor"},
+	{HeadRollback, "the writer's head names an older entry than the chain's last: it was put back"},
+	{Fork, "a chain goes on in two ways: it was regrown by somebody with the key, goes on after it was closed, or a second chain was opened beside it"},
+	{Replay, "an entry stands a second time at another place"},
+	{Order, "entries do not stand in the order in which they were signed, or keys not in the order of an export"},
+	{WrongChain, "an entry belongs to another chain or another cluster"},
+	{WrongNode, "a writer recorded what is not its to record: another node's lease, or an operator's act"},
+	{Equivocation, "two signed entries exist for one place, or one chain stands under two writers"},
+	{Rewritten, "an entry's key was written more than once; entries are written once"},
+	{LeasedKey, "a key has an etcd lease attached: it would vanish by itself"},
+	{Revision, "an entry's revision is not before its own commit, or goes back within its chain"},
+	{StaleEpoch, "a chain of an earlier epoch was extended after a recovery, or an epoch went back"},
+	{DoubleAlloc, "an address was acquired while another attachment held it (I1)"},
+	{DoubleLease, "an attachment acquired while it held a lease already (I2)"},
+	{BrokenHistory, "an acquire does not follow the last release of its address"},
+	{ReleaseNoHold, "a release or unclaim of what is not held by whom it names"},
+	{DoubleClaim, "a block was claimed while it was claimed already"},
+	{AllocNoEntry, "an address, attachment or block is held in etcd, and no entry says so (I3)"},
+	{StateMissing, "by the entries a key should be there, and it is not"},
+	{StateDiffers, "a live key differs from what the entries say, or was written outside their commits"},
+	{UnknownKey, "a key below the prefix that this program would not have written"},
+	{Rollback, "etcd is not the one that the ledger was made for: restored without 'ledger recover'"},
+	{ArchiveCorrupt, "an export's checksum or counts are not those of its content"},
+	{TrailingData, "bytes follow the end of an export"},
+	{UnknownVersion, "written by a newer version: hash and signature checked, meaning not (reduced coverage)"},
+	{ClockSkew, "writers' clocks disagree (a warning: order never rests on clocks)"},
+}
+
+// Explain is the text of 'ledger verify --explain': what each code means, and
+// what verification cannot see.
+func Explain() string {
+	var b strings.Builder
+	b.WriteString("Findings:\n\n")
+	for _, c := range Codes {
+		fmt.Fprintf(&b, "  %-16s %s\n", c.Code, c.Meaning)
+	}
+	b.WriteString(`
+Exit status: 0 verified, 1 findings, 2 could not check, 3 verified with reduced
+coverage (entries of a newer version).
+
+What cannot be detected yet, and why:
+
+  A chain's tail cut off together with its writer's head, where no live lease,
+  later release or other chain rests on what was cut: nothing in etcd remembers
+  it. The writer's own node does, by its mark, and refuses to go on (104); a
+  tail whose node is gone is lost unseen until entries are sealed.
+
+  A chain rolled back and regrown, or a whole ledger rewritten from its start,
+  by somebody who has the writers' keys: all signatures hold. An earlier export
+  shows the difference; only a seal kept elsewhere proves it.
+
+  An etcd restored from an old snapshot with the same cluster ID: it is a whole
+  and consistent ledger, only an old one. The first node with a newer mark
+  notices (I5). With a new cluster ID it is ROLLBACK.
+
+  A wholly new writer with a key of its own, unless keys are pinned with --keys:
+  then it is UNTRUSTED-KEY. Without, keys are believed on first use.
+
+  Two readers shown different ledgers by one etcd: each is consistent in
+  itself. Comparing their exports shows it (EQUIVOCATION); a witness would
+  prevent it.
+
+  Plausible entries signed with a stolen key that nobody has closed.
+
+  An allocation without entry that was made and undone between two runs.
+
+  Signatures below a tip, unless --all-signatures: an edited entry is found by
+  its hash in any case, who signed it is then asked of the entries involved.
+`)
+	return b.String()
+}

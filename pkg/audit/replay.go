@@ -1,0 +1,1123 @@
+package audit
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"net/netip"
+	"slices"
+	"sort"
+	"strings"
+	"time"
+
+	"golang.org/x/mod/sumdb/note"
+
+	"github.com/ipam-ledger/ipam-ledger/pkg/audit/entry"
+	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
+)
+
+// replay consumes entries in commit order. One goroutine uses it.
+type replay struct {
+	keys   keyspace.Keys
+	prefix string
+	ring   *KeyRing
+	all    bool
+	snap   Snapshot
+	log    *findings
+	second *moved // set in the second reading
+
+	chains  map[entry.ChainID]*chain
+	shadows map[string]bool // writer + chain: a chain ID that stands under another writer too
+	writers map[string]*writer
+	trusted map[string]bool // keys reached by rotation from pinned ones
+
+	names   []string // interned space, pool, node names
+	nameIDs map[string]uint32
+
+	addrIDs map[addrKey]uint32
+	addrs   []address
+	attIDs  map[uint64]uint32 // hash of the key -> first of its list
+	atts    []attachment      // 0 is unused
+	attFree uint32
+	seed    maphash.Seed
+	scratch []byte
+	ids     []uint32
+
+	blocks map[blockKey]*block
+	pools  map[string]*pool
+
+	cluster  string
+	meta     metaState
+	entries  int64
+	first    int64
+	last     int64
+	lastKey  []byte
+	lastTime int64
+	lastTip  *chain
+	unknown  int64
+	leased   int64
+	live     int64 // attachments
+	skews    int
+
+	// Gathered in the first reading: what a second one would put in its place.
+	moved *moved
+}
+
+// moved are entries that do not stand where they were committed, and places
+// whose hash the second reading takes down. It is small: beyond its limit
+// entries are judged where they stand.
+type moved struct {
+	items []*item
+	skip  map[int64]bool
+	early []*item // rewritten in place, by the revision they were created in
+	late  map[place][]*item
+	used  map[*item]bool
+	want  map[place]entry.Hash
+}
+
+const maxMoved = 1 << 14
+
+type place struct {
+	chain entry.ChainID
+	seq   uint64
+}
+
+type writer struct {
+	name    string // kind/name
+	kind    entry.Kind
+	chain   *chain      // the newest
+	closes  []entry.Ref // operators' closes of its chains
+	recover []entry.Ref
+	seen    bool // there is a live key
+}
+
+type chain struct {
+	id           entry.ChainID
+	w            *writer
+	before       *chain // the writer's chain before this one
+	seq          uint64
+	hash         entry.Hash
+	stored       []byte // of seq
+	sigOf        entry.Signature
+	parsed       bool // stored parsed
+	lastIsRotate bool // seq is signed by the key before the one in force
+	linked       bool // seq's content belongs at seq, so that the next entry's prev can be judged
+	mod          int64
+	rev          int64
+	time         int64
+	skewed       bool
+
+	epoch    uint64
+	key      note.Verifier
+	keyText  string
+	keys     []note.Verifier
+	trusted  bool
+	closed   bool
+	ended    bool // a later chain names this one
+	stale    bool // reported
+	extended bool // reported
+	missing  []seqRange
+	strays   []stray
+	names    [3]internCache
+}
+
+type internCache struct {
+	s  string
+	id uint32
+}
+
+type seqRange struct{ from, to uint64 }
+
+// stray is an entry whose content belongs at another seq of the chain.
+type stray struct {
+	at, says uint64
+	hash     entry.Hash
+	mod      int64
+	ord      int64
+}
+
+type addrKey struct {
+	hi, lo uint64
+	space  uint32
+}
+
+type address struct {
+	ref    entry.Ref // the acquire, or the release
+	mod    int64
+	pool   uint32
+	att    uint32
+	leased bool
+	seen   bool
+}
+
+type attachment struct {
+	key         []byte
+	hash        uint64
+	next        uint32
+	space, pool uint32
+	addrs       []uint32 // into addrs
+	ips         []netip.Addr
+	acquire     entry.Ref
+	mod         int64
+	live, seen  bool
+}
+
+type blockKey struct {
+	space, pool uint32
+	prefix      netip.Prefix
+}
+
+type block struct {
+	node  uint32
+	claim entry.Ref
+	mod   int64
+	seen  bool
+}
+
+type pool struct {
+	spec entry.Hash
+	ref  entry.Ref
+	seen bool
+}
+
+type metaState struct {
+	ref                         entry.Ref
+	cluster, etcdCluster, state string
+	epoch                       uint64
+	set, seen                   bool
+}
+
+func newReplay(keys keyspace.Keys, snap Snapshot, o *Options, log *findings) *replay {
+	return &replay{
+		keys: keys, prefix: keys.Prefix(), ring: o.Keys, all: o.AllSignatures, snap: snap, log: log,
+		chains: map[entry.ChainID]*chain{}, shadows: map[string]bool{}, writers: map[string]*writer{}, trusted: map[string]bool{},
+		nameIDs: map[string]uint32{}, addrIDs: map[addrKey]uint32{}, attIDs: map[uint64]uint32{}, atts: make([]attachment, 1),
+		seed: maphash.MakeSeed(), blocks: map[blockKey]*block{}, pools: map[string]*pool{},
+	}
+}
+
+// finding starts a finding about an entry.
+func (r *replay) finding(code Code, it *item, detail string, args ...any) *Finding {
+	f := &Finding{Code: code, Where: it.key, Writer: it.writer, Seq: it.seq, Revision: it.mod, Detail: fmt.Sprintf(detail, args...), order: it.ord}
+	if it.badKey == nil {
+		f.Chain = it.chain.String()
+	}
+	return f
+}
+
+// report adds a finding about an entry and has the entry's signature checked.
+func (r *replay) report(b *batch, it *item, c *chain, f *Finding) {
+	r.log.add(f)
+	r.suspect(b, it, c)
+}
+
+// judge is report for what rests on the replay of earlier entries: where one of
+// those is of an unknown version, it cannot be known.
+func (r *replay) judge(b *batch, it *item, c *chain, f *Finding) {
+	if r.unknown > 0 {
+		r.log.fold(f)
+		return
+	}
+	r.report(b, it, c, f)
+}
+
+func (r *replay) suspect(b *batch, it *item, c *chain) {
+	if c == nil || c.key == nil || it.err != nil && !errors.Is(it.err, entry.ErrVersion) {
+		return
+	}
+	r.sign(b, it, c)
+}
+
+func ref(it *item) entry.Ref { return entry.Ref{Chain: it.chain, Seq: it.seq, Hash: it.hash} }
+
+// batch replays a batch.
+func (r *replay) batch(b *batch) {
+	for i := range b.items[:b.n] {
+		it := &b.items[i]
+		if r.second == nil {
+			if r.isMoved(it) {
+				r.keep(it.clone(r.prefix, r.keys, b))
+				continue
+			}
+		} else {
+			if r.second.skip[it.ord] {
+				continue
+			}
+			r.putBack(b, it)
+		}
+		r.commitOrder(it)
+		r.entry(b, it)
+	}
+}
+
+// isMoved is whether an entry was written again, or stands behind its
+// successors in commit order.
+func (r *replay) isMoved(it *item) bool {
+	if it.badKey != nil || (r.moved != nil && len(r.moved.items) >= maxMoved) {
+		return false
+	}
+	if it.create != it.mod || it.version != 1 {
+		return true
+	}
+	c := r.chains[it.chain]
+	return c != nil && c.w.name == it.writer && it.seq <= c.seq
+}
+
+func (r *replay) keep(it *item) {
+	if r.moved == nil {
+		r.moved = newMoved()
+	}
+	m := r.moved
+	m.items = append(m.items, it)
+	m.skip[it.ord] = true
+}
+
+// arrange prepares the second reading.
+func (m *moved) arrange() {
+	for _, it := range m.items {
+		if it.create < it.mod {
+			m.early = append(m.early, it)
+		}
+		p := place{it.chain, it.seq}
+		m.late[p] = append(m.late[p], it)
+		m.want[p] = entry.Hash{}
+	}
+	sort.SliceStable(m.early, func(i, j int) bool { return m.early[i].create < m.early[j].create })
+}
+
+// putBack replays, before it, the moved entries that belong before it.
+func (r *replay) putBack(b *batch, it *item) {
+	m := r.second
+	for len(m.early) > 0 && m.early[0].create < it.mod {
+		r.restore(b, m.early[0])
+		m.early = m.early[1:]
+	}
+	if it.badKey != nil || len(m.late) == 0 {
+		return
+	}
+	for {
+		seq := uint64(1)
+		if c := r.chains[it.chain]; c != nil {
+			if c.w.name != it.writer {
+				return
+			}
+			seq = c.seq + 1
+		}
+		if seq >= it.seq {
+			return
+		}
+		late := m.late[place{it.chain, seq}]
+		i := slices.IndexFunc(late, func(l *item) bool { return !m.used[l] && l.writer == it.writer })
+		if i < 0 {
+			return
+		}
+		r.replayMoved(b, late[i])
+	}
+}
+
+// restore replays a moved entry if its place in its chain is due, after those
+// before it.
+func (r *replay) restore(b *batch, it *item) {
+	if r.second.used[it] {
+		return
+	}
+	r.putBack2(b, it)
+	if c := r.chains[it.chain]; c != nil && (c.w.name != it.writer || c.seq+1 != it.seq) || c == nil && it.seq != 1 {
+		return // a gap before it: its turn comes with its successor, or at the end
+	}
+	r.replayMoved(b, it)
+}
+
+func (r *replay) putBack2(b *batch, it *item) {
+	early := r.second.early
+	r.second.early = nil
+	r.putBack(b, it)
+	r.second.early = early
+}
+
+func (r *replay) replayMoved(b *batch, it *item) {
+	r.second.used[it] = true
+	if it.create == it.mod && it.version == 1 {
+		r.log.add(r.finding(Order, it, "it was committed after entries that follow it in its chain: it was deleted and put again"))
+	}
+	r.entry(b, it)
+}
+
+// commitOrder checks that a source yields records in commit order.
+func (r *replay) commitOrder(it *item) {
+	if it.mod < r.last || it.mod == r.last && it.key <= string(r.lastKey) {
+		r.log.add(&Finding{
+			Code: Order, Where: it.key, Writer: it.writer, Seq: it.seq, Revision: it.mod, order: it.ord, Detail: "entries are not in commit order",
+			Want: fmt.Sprintf("after revision %d, %s", r.last, r.lastKey), Got: fmt.Sprintf("revision %d", it.mod),
+		})
+		return
+	}
+	r.last = it.mod
+	r.lastKey = append(r.lastKey[:0], it.key...)
+}
+
+// entry replays one entry in its place.
+func (r *replay) entry(b *batch, it *item) {
+	r.entries++
+	if r.first == 0 || it.mod < r.first {
+		r.first = it.mod
+	}
+	if it.badKey != nil {
+		r.log.add(r.finding(UnknownKey, it, "%v", it.badKey))
+		return
+	}
+	if r.second != nil {
+		if h, ok := r.second.want[place{it.chain, it.seq}]; ok && h == (entry.Hash{}) {
+			r.second.want[place{it.chain, it.seq}] = it.hash
+		}
+	}
+	c := r.chainOf(b, it)
+	if c == nil {
+		return
+	}
+	if it.create != it.mod || it.version != 1 {
+		r.report(b, it, c, with(r.finding(Rewritten, it, "the key was written %d times", it.version),
+			fmt.Sprintf("version 1, created and modified at revision %d", it.create), fmt.Sprintf("version %d, modified at revision %d", it.version, it.mod)))
+	}
+	if it.lease != 0 {
+		r.report(b, it, c, r.finding(LeasedKey, it, "etcd lease %x is attached: the entry would vanish with it", it.lease))
+	}
+
+	if it.seq > c.seq+1 {
+		c.missing = append(c.missing, seqRange{c.seq + 1, it.seq - 1})
+		f := r.finding(Missing, it, "%s", gone(c.seq+1, it.seq-1))
+		have := fmt.Sprintf("%d", it.seq)
+		if c.seq > 0 {
+			have = fmt.Sprintf("%d, %d", c.seq, it.seq)
+		}
+		r.report(b, it, c, with(f, fmt.Sprintf("seq %d", c.seq+1), "seq "+have))
+		c.linked = false
+	} else if it.seq <= c.seq {
+		r.report(b, it, c, r.finding(Order, it, "it comes after seq %d of its chain", c.seq))
+		return
+	}
+
+	var unknown bool
+	switch {
+	case it.err == nil:
+		unknown = !it.e.Known()
+	case errors.Is(it.err, entry.ErrVersion):
+		unknown = true
+	default:
+		code := Malformed
+		if isUnsigned(it.val) {
+			code = Unsigned
+		}
+		r.log.add(r.finding(code, it, "%v", it.err))
+		r.advance(c, it, false, true)
+		return
+	}
+	e := &it.e
+	newer := it.err != nil // of a newer version: nothing but its signature is known
+	linked := true
+	if !newer {
+		switch {
+		case e.Chain != it.chain:
+			r.report(b, it, c, with(r.finding(WrongChain, it, "it is an entry of another chain"), it.chain.String(), e.Chain.String()))
+			linked = false
+		case e.Seq != it.seq && r.signedByChain(c, it):
+			c.strays = append(c.strays, stray{it.seq, e.Seq, it.hash, it.mod, it.ord})
+			if r.second == nil {
+				if r.moved == nil {
+					r.moved = newMoved()
+				}
+				r.moved.want[place{it.chain, e.Seq}] = entry.Hash{}
+			}
+			linked = false
+		case e.Seq != it.seq:
+			r.report(b, it, c, with(r.finding(Order, it, "it says another seq, and its signature does not hold"), fmt.Sprint(it.seq), fmt.Sprint(e.Seq)))
+		}
+	}
+	if linked && !newer {
+		r.link(b, c, it)
+		if e.Revision >= it.mod || it.mod > r.snap.Revision {
+			r.report(b, it, c, with(r.finding(Revision, it, "an entry is decided on before it is committed, and committed before it is read"),
+				fmt.Sprintf("%d < commit %d <= %d", e.Revision, it.mod, r.snap.Revision), fmt.Sprintf("revision %d, commit %d", e.Revision, it.mod)))
+		}
+		if e.Revision < c.rev {
+			r.report(b, it, c, with(r.finding(Revision, it, "the revision went back within the chain"), fmt.Sprintf("%d or more", c.rev), fmt.Sprint(e.Revision)))
+		}
+		r.clock(c, it)
+	}
+	if unknown {
+		r.unknown++
+		r.sign(b, it, c)
+		r.advance(c, it, linked, true)
+		return
+	}
+	if !linked || e.Seq != it.seq {
+		// Changed bytes are named by the next entry's prev, a stray's are not.
+		r.advance(c, it, linked, false)
+		return
+	}
+	r.extend(b, c, it)
+	r.advance(c, it, true, false)
+}
+
+// gone says which entries are missing.
+func gone(from, to uint64) string {
+	if from == to {
+		return fmt.Sprintf("entry %d is gone", from)
+	}
+	return fmt.Sprintf("entries %d to %d are gone", from, to)
+}
+
+func newMoved() *moved {
+	return &moved{skip: map[int64]bool{}, late: map[place][]*item{}, used: map[*item]bool{}, want: map[place]entry.Hash{}}
+}
+
+func with(f *Finding, want, got string) *Finding {
+	f.Want, f.Got = want, got
+	return f
+}
+
+// isUnsigned is whether stored bytes are an entry's text without a signature.
+func isUnsigned(val []byte) bool {
+	return bytes.HasPrefix(val, []byte("ipam-ledger/entry/v")) && !bytes.Contains(val, []byte("\n— "))
+}
+
+// chainOf finds or makes the chain of an entry's key; nil where the chain's ID
+// belongs to another writer.
+func (r *replay) chainOf(b *batch, it *item) *chain {
+	if c := r.chains[it.chain]; c != nil {
+		if c.w.name == it.writer {
+			return c
+		}
+		id := it.writer + "/" + it.chain.String()
+		if !r.shadows[id] {
+			r.shadows[id] = true
+			r.report(b, it, nil, with(r.finding(Equivocation, it, "a chain stands under two writers; its entries here are not replayed"), c.w.name, it.writer))
+		}
+		return nil
+	}
+	w := r.writer(it.writer)
+	c := &chain{id: it.chain, w: w, before: w.chain, linked: true}
+	r.chains[it.chain] = c
+	w.chain = c
+	return c
+}
+
+func (r *replay) writer(name string) *writer {
+	w := r.writers[name]
+	if w == nil {
+		name = strings.Clone(name)
+		kind, _, _ := strings.Cut(name, "/")
+		w = &writer{name: name, kind: entry.Kind(kind)}
+		r.writers[name] = w
+	}
+	return w
+}
+
+// advance makes it the chain's tip.
+func (r *replay) advance(c *chain, it *item, linked, odd bool) {
+	c.seq, c.hash, c.mod = it.seq, it.hash, it.mod
+	c.stored = append(c.stored[:0], it.val...)
+	c.parsed = it.err == nil || errors.Is(it.err, entry.ErrVersion)
+	c.sigOf = it.e.Signature
+	c.lastIsRotate = it.err == nil && it.e.Op == entry.Rotate
+	if c.parsed {
+		c.sigOf.Name = c.w.name
+		if it.e.Signature.Name != c.w.name {
+			c.sigOf.Name = strings.Clone(it.e.Signature.Name)
+		}
+	}
+	// The bytes of a malformed or unknown entry still have a hash that the
+	// next one must name; those of a stray do not belong here.
+	c.linked = linked || odd
+	if it.err == nil && linked {
+		c.rev, c.time = it.e.Revision, it.e.Time.UnixNano()
+	}
+}
+
+// link checks that an entry names the bytes that stand before it. Where it does
+// not, the signatures tell which of the two was changed.
+func (r *replay) link(b *batch, c *chain, it *item) {
+	if !c.linked || it.seq == 1 || it.e.Prev == c.hash {
+		return
+	}
+	names := func(stored []byte, s *entry.Signature) bool { // a rotation is signed by the key before it
+		return slices.ContainsFunc(c.keys, func(k note.Verifier) bool { return holds(stored, s, k, c.w.name) })
+	}
+	switch {
+	case len(c.keys) == 0:
+		r.log.add(with(r.finding(HashMismatch, it, "it names other bytes than entry %d has; without the chain's key it cannot be told which was changed", c.seq),
+			c.hash.String(), it.e.Prev.String()))
+	case !c.parsed || !names(c.stored, &c.sigOf):
+		before := func(code Code, detail, want, got string) {
+			r.log.add(&Finding{
+				Code: code, Where: c.keyOf(c.seq), Writer: c.w.name, Chain: c.id.String(), Seq: c.seq, Revision: c.mod, order: it.ord,
+				Detail: detail, Want: want, Got: got,
+			})
+		}
+		before(HashMismatch, fmt.Sprintf("its bytes are not those that entry %d names, and its signature does not hold: it was changed", it.seq), it.e.Prev.String(), c.hash.String())
+		if c.parsed {
+			before(BadSignature, notInForce, keyName(c.key), sigName(&c.sigOf))
+		}
+	case !names(it.val, &it.e.Signature):
+		r.report(b, it, c, with(r.finding(HashMismatch, it, "it names other bytes than entry %d has, and its signature does not hold: it was changed", c.seq),
+			c.hash.String(), it.e.Prev.String()))
+	default:
+		r.report(b, it, c, with(r.finding(Fork, it, "it follows another entry %d than the one that stands before it, and both signatures hold: the chain was regrown with the key", c.seq),
+			c.hash.String(), it.e.Prev.String()))
+	}
+}
+
+const notInForce = "it is not signed by the key that was in force in its chain"
+
+func (c *chain) keyOf(seq uint64) string {
+	return "chains/" + c.w.name + "/" + c.id.String() + "/" + seqHex(seq)
+}
+
+func (c *chain) tip() entry.Ref { return entry.Ref{Chain: c.id, Seq: c.seq, Hash: c.hash} }
+
+func seqHex(n uint64) string { return fmt.Sprintf("%016x", n) }
+
+func keyName(k note.Verifier) string { return fmt.Sprintf("%s+%08x", k.Name(), k.KeyHash()) }
+
+func sigName(s *entry.Signature) string {
+	return fmt.Sprintf("%s+%08x", s.Name, s.KeyID)
+}
+
+// holds is whether a signature is that of a writer's key over stored bytes.
+func holds(stored []byte, s *entry.Signature, key note.Verifier, name string) bool {
+	return s.Name == name && s.KeyID == key.KeyHash() && key.Verify(signedText(stored), s.Bytes[:])
+}
+
+func (r *replay) signedByChain(c *chain, it *item) bool {
+	return slices.ContainsFunc(c.keys, func(k note.Verifier) bool { return holds(it.val, &it.e.Signature, k, c.w.name) })
+}
+
+// sign has an entry's signature checked, on some other goroutine.
+func (r *replay) sign(b *batch, it *item, c *chain) {
+	if n := len(b.sigs); c.key == nil || n > 0 && b.sigs[n-1].it == it {
+		return
+	}
+	b.sigs = append(b.sigs, sigTask{it, c.key})
+}
+
+// Clocks are never trusted; these are what a warning takes.
+const (
+	skewInChain = int64(time.Second)
+	skewAcross  = int64(5 * time.Minute)
+	maxSkews    = 100
+)
+
+func (r *replay) clock(c *chain, it *item) {
+	t := it.e.Time.UnixNano()
+	if !c.skewed && r.skews < maxSkews {
+		var f *Finding
+		switch {
+		case c.time-t > skewInChain:
+			f = with(r.finding(ClockSkew, it, "the writer's clock went back"), stamp(c.time)+" or later", stamp(t))
+		case r.lastTip != nil && r.lastTip != c && r.lastTime-t > skewAcross:
+			f = with(r.finding(ClockSkew, it, "its clock and that of %s, which committed before it, disagree", r.lastTip.w.name), stamp(r.lastTime)+" or later", stamp(t))
+		case !r.snap.Taken.IsZero() && t-r.snap.Taken.UnixNano() > skewAcross:
+			f = with(r.finding(ClockSkew, it, "the entry is from after this audit's own clock"), r.snap.Taken.UTC().Format(time.RFC3339)+" or earlier", stamp(t))
+		}
+		if f != nil {
+			c.skewed = true
+			r.skews++
+			r.log.warn(f)
+		}
+	}
+	r.lastTime, r.lastTip = t, c
+}
+
+func stamp(ns int64) string { return time.Unix(0, ns).UTC().Format(time.RFC3339Nano) }
+
+// extend replays an entry that stands where it belongs.
+func (r *replay) extend(b *batch, c *chain, it *item) {
+	e := &it.e
+	if e.Op == entry.Open {
+		r.open(b, c, it)
+	}
+	switch {
+	case (c.closed || c.ended) && !c.extended:
+		c.extended = true
+		why := "after it was closed"
+		if c.ended {
+			why = "after another chain of the writer had followed it"
+		}
+		r.report(b, it, c, with(r.finding(Fork, it, "the chain goes on %s", why), fmt.Sprintf("entry %d is the last", c.seq), fmt.Sprintf("entry %d", it.seq)))
+	case c.epoch != 0 && c.epoch < r.meta.epoch && !c.stale && e.Op != entry.Open:
+		c.stale = true
+		r.report(b, it, c, with(r.finding(StaleEpoch, it, "the chain of an earlier epoch goes on after a recovery"), fmt.Sprintf("epoch %d", r.meta.epoch), fmt.Sprintf("epoch %d", c.epoch)))
+	}
+	if c.key != nil {
+		switch {
+		case e.Signature.Name != c.w.name || e.Signature.KeyID != c.key.KeyHash():
+			r.log.add(with(r.finding(BadSignature, it, notInForce), keyName(c.key), sigName(&e.Signature)))
+		case r.all, e.Op == entry.Open, e.Op == entry.Rotate, e.Op == entry.Close, e.Op == entry.Meta, e.Op == entry.Recover:
+			r.sign(b, it, c)
+		}
+	}
+	if e.Node != "" && c.w.kind != entry.KindOperator && (c.w.kind != entry.KindNode || e.Node != c.w.name[len("node/"):]) {
+		r.report(b, it, c, with(r.finding(WrongNode, it, "it records what is another node's"), c.w.name, "node/"+e.Node))
+	}
+	switch e.Op {
+	case entry.Rotate:
+		r.rotate(b, c, it)
+	case entry.Close:
+		r.close(b, c, it)
+	case entry.Acquire:
+		r.claim(b, c, it)
+		r.acquire(b, c, it)
+	case entry.Release:
+		r.release(b, c, it)
+	case entry.Claim:
+		r.claim(b, c, it)
+	case entry.Unclaim:
+		r.unclaim(b, c, it)
+	case entry.Pool:
+		r.operatorOnly(b, c, it)
+		name := strings.Clone(e.Pool)
+		r.pools[name] = &pool{spec: e.Spec, ref: ref(it)}
+	case entry.Meta:
+		r.metaEntry(b, c, it)
+	case entry.Recover:
+		if e.Epoch != c.epoch {
+			r.report(b, it, c, with(r.finding(StaleEpoch, it, "a recover entry of another epoch than its chain's"), fmt.Sprintf("epoch %d", c.epoch), fmt.Sprintf("epoch %d", e.Epoch)))
+		}
+		c.w.recover = append(c.w.recover, ref(it))
+	}
+}
+
+func (r *replay) operatorOnly(b *batch, c *chain, it *item) {
+	if c.w.kind != entry.KindOperator {
+		r.report(b, it, c, with(r.finding(WrongNode, it, "only an operator records %s", it.e.Op), "operator/…", c.w.name))
+	}
+}
+
+func (r *replay) open(b *batch, c *chain, it *item) {
+	e := &it.e
+	c.epoch = e.Epoch
+	if e.Writer.String() != c.w.name {
+		r.report(b, it, c, with(r.finding(WrongChain, it, "the chain was opened by another writer"), c.w.name, e.Writer.String()))
+	}
+	switch {
+	case r.cluster == "":
+		r.cluster = strings.Clone(e.Cluster)
+	case r.cluster != e.Cluster:
+		r.report(b, it, c, with(r.finding(WrongChain, it, "the chain was opened in another cluster"), r.cluster, e.Cluster))
+	}
+	if e.Writer.String() == c.w.name {
+		r.useKey(c, e.Key)
+		c.trusted = r.ring == nil || r.ring.Contains(e.Key) || r.trusted[e.Key]
+		if !c.trusted {
+			r.report(b, it, c, with(r.finding(UntrustedKey, it, "the chain is opened with a key that is not among the trusted ones"), "a key of the key file", c.keyText))
+		}
+	}
+	// An operator's chain of the next epoch opens before the meta entry that
+	// starts it; nobody else's does.
+	if e.Epoch < r.meta.epoch || e.Epoch > r.meta.epoch+1 || e.Epoch > r.meta.epoch && c.w.kind != entry.KindOperator {
+		r.report(b, it, c, with(r.finding(StaleEpoch, it, "the chain is opened in another epoch than the cluster's"), fmt.Sprintf("epoch %d", r.meta.epoch), fmt.Sprintf("epoch %d", e.Epoch)))
+	}
+
+	before := c.before
+	if before == nil {
+		if p := e.Predecessor; !p.IsZero() {
+			r.report(b, it, c, with(r.finding(Missing, it, "the chain that it continues is gone"), p.String(), ""))
+		}
+	} else {
+		before.ended = true
+		tip := before.tip()
+		switch {
+		case e.Predecessor.Chain == before.id && e.Predecessor.Seq > before.seq:
+			before.missing = append(before.missing, seqRange{before.seq + 1, e.Predecessor.Seq})
+			r.report(b, it, c, with(r.finding(Missing, it, "%s of the chain that it continues", gone(before.seq+1, e.Predecessor.Seq)), e.Predecessor.String(), tip.String()))
+		case e.Predecessor != tip:
+			r.report(b, it, c, with(r.finding(Fork, it, "it does not continue the writer's chain %s where that ends", before.id.Short()), tip.String(), e.Predecessor.String()))
+		case !before.closed && before.epoch >= e.Epoch:
+			r.report(b, it, c, r.finding(Fork, it, "a second chain beside %s, which was not closed and is not of an earlier epoch", before.id.Short()))
+		}
+	}
+	if m := e.Mark; !m.IsZero() {
+		switch p := e.Predecessor; {
+		case m.Chain != p.Chain:
+			r.log.note("epoch %d: %s lost entries at a restore: it remembers chain %s up to %d", e.Epoch, c.w.name, m.Chain.Short(), m.Seq)
+		case m.Seq > p.Seq:
+			r.log.note("epoch %d: %s lost entries %d..%d of chain %s at a restore", e.Epoch, c.w.name, p.Seq+1, m.Seq, m.Chain.Short())
+		case m.Seq == p.Seq && m.Hash != p.Hash:
+			r.report(b, it, c, with(r.finding(Fork, it, "the writer remembers another entry %d than the store had at the restore", m.Seq), m.String(), p.String()))
+		}
+	}
+}
+
+func (r *replay) useKey(c *chain, vkey string) {
+	vkey = strings.Clone(vkey)
+	v, err := note.NewVerifier(vkey)
+	if err != nil { // the entry's parser has checked it
+		c.key = nil
+		return
+	}
+	c.key, c.keyText = v, vkey
+	c.keys = append(c.keys, v)
+}
+
+func (r *replay) rotate(b *batch, c *chain, it *item) {
+	name, _, _ := strings.Cut(it.e.Key, "+")
+	if name != c.w.name {
+		r.report(b, it, c, with(r.finding(UntrustedKey, it, "the new key is another writer's"), c.w.name, name))
+		return
+	}
+	r.useKey(c, it.e.Key)
+	if c.trusted && r.ring != nil {
+		r.trusted[c.keyText] = true
+	}
+}
+
+func (r *replay) close(b *batch, c *chain, it *item) {
+	e := &it.e
+	if e.Writer.String() == c.w.name && e.Closes.Chain == c.id {
+		if e.Closes.Seq != it.seq-1 || e.Closes.Hash != e.Prev {
+			r.report(b, it, c, with(r.finding(Fork, it, "it closes its own chain at another entry than the one before it"),
+				entry.Ref{Chain: c.id, Seq: it.seq - 1, Hash: e.Prev}.String(), e.Closes.String()))
+		}
+		c.closed = true
+		return
+	}
+	r.operatorOnly(b, c, it)
+	w := r.writers[e.Writer.String()]
+	var t *chain
+	if w != nil {
+		t = w.chain
+		w.closes = append(w.closes, ref(it))
+	}
+	if t == nil || e.Closes != t.tip() {
+		got := ""
+		if t != nil {
+			got = t.tip().String()
+		}
+		code := Fork
+		if t == nil || t.id == e.Closes.Chain && t.seq < e.Closes.Seq {
+			code = Missing
+		}
+		r.report(b, it, c, with(r.finding(code, it, "it closes the chain of %s where that does not end", e.Writer), e.Closes.String(), got))
+		if t == nil || t.id != e.Closes.Chain {
+			return
+		}
+	}
+	t.closed = true
+}
+
+func (r *replay) metaEntry(b *batch, c *chain, it *item) {
+	e := &it.e
+	r.operatorOnly(b, c, it)
+	if e.Epoch < r.meta.epoch {
+		r.report(b, it, c, with(r.finding(StaleEpoch, it, "the cluster's epoch went back"), fmt.Sprintf("%d or more", r.meta.epoch), fmt.Sprint(e.Epoch)))
+	}
+	if r.cluster != "" && e.Cluster != r.cluster {
+		r.report(b, it, c, with(r.finding(WrongChain, it, "the entry is about another cluster"), r.cluster, e.Cluster))
+	}
+	r.meta = metaState{
+		ref: ref(it), cluster: strings.Clone(e.Cluster), etcdCluster: strings.Clone(e.EtcdCluster),
+		state: strings.Clone(e.State), epoch: max(e.Epoch, r.meta.epoch), set: true,
+	}
+}
+
+// intern numbers a name. The chain remembers what it named last: most chains
+// name one space, pool and node only.
+func (r *replay) intern(c *internCache, s string) uint32 {
+	if c.s == s {
+		return c.id
+	}
+	id, ok := r.nameIDs[s]
+	if !ok {
+		s = strings.Clone(s)
+		r.names = append(r.names, s)
+		id = uint32(len(r.names))
+		r.nameIDs[s] = id
+	}
+	c.s, c.id = r.names[id-1], id
+	return id
+}
+
+func (r *replay) name(id uint32) string { return r.names[id-1] }
+
+// lookup is intern that adds nothing: 0 for a name never seen.
+func (r *replay) lookup(s string) uint32 { return r.nameIDs[s] }
+
+func addrKeyOf(space uint32, ip netip.Addr) addrKey {
+	a := ip.As16()
+	be := func(b []byte) (n uint64) {
+		for _, c := range b {
+			n = n<<8 | uint64(c)
+		}
+		return n
+	}
+	return addrKey{be(a[:8]), be(a[8:]), space}
+}
+
+func (k addrKey) ip() netip.Addr {
+	var a [16]byte
+	for i := range 8 {
+		a[i] = byte(k.hi >> (56 - 8*i))
+		a[8+i] = byte(k.lo >> (56 - 8*i))
+	}
+	return netip.AddrFrom16(a).Unmap()
+}
+
+func (r *replay) addr(space uint32, ip netip.Addr) uint32 {
+	k := addrKeyOf(space, ip)
+	i, ok := r.addrIDs[k]
+	if !ok {
+		i = uint32(len(r.addrs))
+		r.addrs = append(r.addrs, address{})
+		r.addrIDs[k] = i
+	}
+	return i
+}
+
+// attKey builds the key of an attachment in scratch.
+func (r *replay) attKey(e *entry.Entry) []byte {
+	k := append(r.scratch[:0], e.Node...)
+	k = append(k, '/')
+	k = append(k, e.Network...)
+	k = append(k, '/')
+	k = append(k, e.Container...)
+	k = append(k, '/')
+	k = append(k, e.Interface...)
+	r.scratch = k
+	return k
+}
+
+// findAtt returns the live attachment with a key, or 0.
+func (r *replay) findAtt(key []byte, h uint64) uint32 {
+	for i := r.attIDs[h]; i != 0; i = r.atts[i].next {
+		if bytes.Equal(r.atts[i].key, key) {
+			return i
+		}
+	}
+	return 0
+}
+
+func (r *replay) newAtt(key []byte, h uint64) uint32 {
+	i := r.attFree
+	if i != 0 {
+		r.attFree = r.atts[i].next
+	} else {
+		i = uint32(len(r.atts))
+		r.atts = append(r.atts, attachment{})
+	}
+	a := &r.atts[i]
+	a.key, a.hash, a.next, a.live = append(a.key[:0], key...), h, r.attIDs[h], true
+	a.addrs, a.ips = a.addrs[:0], a.ips[:0]
+	r.attIDs[h] = i
+	r.live++
+	return i
+}
+
+func (r *replay) dropAtt(i uint32) {
+	a := &r.atts[i]
+	if r.attIDs[a.hash] == i {
+		if a.next == 0 {
+			delete(r.attIDs, a.hash)
+		} else {
+			r.attIDs[a.hash] = a.next
+		}
+	} else {
+		p := r.attIDs[a.hash]
+		for r.atts[p].next != i {
+			p = r.atts[p].next
+		}
+		r.atts[p].next = a.next
+	}
+	a.live = false
+	a.next, r.attFree = r.attFree, i
+	r.live--
+}
+
+func (r *replay) acquire(b *batch, c *chain, it *item) {
+	e := &it.e
+	space, pool := r.intern(&c.names[0], e.Space), r.intern(&c.names[1], e.Pool)
+	key := r.attKey(e)
+	h := maphash.Bytes(r.seed, key)
+	i := r.findAtt(key, h)
+	if i != 0 {
+		r.judge(b, it, c, with(r.finding(DoubleLease, it, "attachment %s acquires while it holds a lease already", key), "no open acquire", r.atts[i].acquire.String()))
+		r.atts[i].addrs, r.atts[i].ips = r.atts[i].addrs[:0], r.atts[i].ips[:0]
+	} else {
+		i = r.newAtt(key, h)
+	}
+	att := &r.atts[i]
+	att.space, att.pool, att.acquire, att.mod = space, pool, ref(it), it.mod
+	for n := range e.Addresses {
+		a := &e.Addresses[n]
+		id := r.addr(space, a.IP)
+		s := &r.addrs[id]
+		switch {
+		case s.leased:
+			r.judge(b, it, c, with(r.finding(DoubleAlloc, it, "%s in space %s is acquired for %s while %s holds it", a.IP, e.Space, key, r.atts[s.att].key),
+				"held by "+s.ref.String(), "acquired by "+ref(it).String()))
+		case a.After != s.ref:
+			r.judge(b, it, c, with(r.finding(BrokenHistory, it, "the acquire of %s in space %s does not follow its last release", a.IP, e.Space), refText(s.ref), refText(a.After)))
+		}
+		if !s.leased {
+			r.leased++
+		}
+		s.leased, s.ref, s.mod, s.pool, s.att = true, att.acquire, it.mod, pool, i
+		att.addrs = append(att.addrs, id)
+		att.ips = append(att.ips, a.IP)
+	}
+}
+
+func refText(r entry.Ref) string {
+	if r.IsZero() {
+		return "never held"
+	}
+	return r.String()
+}
+
+func (r *replay) release(b *batch, c *chain, it *item) {
+	e := &it.e
+	space := r.intern(&c.names[0], e.Space)
+	pool := r.intern(&c.names[1], e.Pool)
+	key := r.attKey(e)
+	i := r.findAtt(key, maphash.Bytes(r.seed, key))
+	ids := r.ids[:0]
+	for n := range e.Addresses {
+		ids = append(ids, r.addr(space, e.Addresses[n].IP))
+	}
+	r.ids = ids
+	switch {
+	case i == 0:
+		r.judge(b, it, c, with(r.finding(ReleaseNoHold, it, "attachment %s holds nothing", key), "an open acquire", e.Acquire.String()))
+	case r.atts[i].acquire != e.Acquire:
+		r.judge(b, it, c, with(r.finding(ReleaseNoHold, it, "attachment %s holds by another acquire", key), r.atts[i].acquire.String(), e.Acquire.String()))
+	case !slices.Equal(ids, r.atts[i].addrs):
+		r.judge(b, it, c, with(r.finding(ReleaseNoHold, it, "attachment %s holds other addresses", key), fmt.Sprint(r.atts[i].ips), fmt.Sprint(addresses(e))))
+	}
+	for n, id := range ids {
+		s := &r.addrs[id]
+		if !s.leased || s.ref != e.Acquire {
+			if i != 0 && r.atts[i].acquire == e.Acquire {
+				r.judge(b, it, c, with(r.finding(ReleaseNoHold, it, "%s in space %s is not held by that acquire", e.Addresses[n].IP, e.Space), refText(s.ref), e.Acquire.String()))
+			}
+			continue
+		}
+		s.leased, s.ref, s.mod, s.pool = false, ref(it), it.mod, pool
+		r.leased--
+	}
+	if i != 0 && r.atts[i].acquire == e.Acquire {
+		r.dropAtt(i)
+	}
+}
+
+func addresses(e *entry.Entry) (out []netip.Addr) {
+	for i := range e.Addresses {
+		out = append(out, e.Addresses[i].IP)
+	}
+	return out
+}
+
+func (r *replay) claim(b *batch, c *chain, it *item) {
+	e := &it.e
+	for _, p := range e.Blocks {
+		k := blockKey{r.intern(&c.names[0], e.Space), r.intern(&c.names[1], e.Pool), p}
+		if had := r.blocks[k]; had != nil {
+			r.judge(b, it, c, with(r.finding(DoubleClaim, it, "block %s of pool %s in space %s is claimed for %s while %s has it", p, e.Pool, e.Space, e.Node, r.name(had.node)),
+				"held by "+had.claim.String(), "claimed by "+ref(it).String()))
+		}
+		r.blocks[k] = &block{node: r.intern(&c.names[2], e.Node), claim: ref(it), mod: it.mod}
+	}
+}
+
+func (r *replay) unclaim(b *batch, c *chain, it *item) {
+	e := &it.e
+	for _, p := range e.Blocks {
+		k := blockKey{r.intern(&c.names[0], e.Space), r.intern(&c.names[1], e.Pool), p}
+		had := r.blocks[k]
+		if had == nil || r.name(had.node) != e.Node {
+			got := "nobody's"
+			if had != nil {
+				got = r.name(had.node) + "'s"
+			}
+			r.judge(b, it, c, with(r.finding(ReleaseNoHold, it, "block %s of pool %s in space %s is given back for %s, which does not have it", p, e.Pool, e.Space, e.Node), e.Node+"'s", got))
+			continue
+		}
+		delete(r.blocks, k)
+	}
+}
+
+// finish replays what is left of the moved entries and names those that found
+// no place.
+func (r *replay) finish(b *batch) {
+	if m := r.second; m != nil {
+		for _, it := range m.early {
+			r.restore(b, it)
+		}
+		left := slices.Clone(m.items)
+		slices.SortStableFunc(left, func(x, y *item) int {
+			switch {
+			case x.seq < y.seq:
+				return -1
+			case x.seq > y.seq:
+				return 1
+			}
+			return 0
+		})
+		for _, it := range left {
+			if m.used[it] {
+				continue
+			}
+			if c := r.chains[it.chain]; c == nil || c.w.name == it.writer && it.seq > c.seq {
+				r.replayMoved(b, it)
+				continue
+			}
+			m.used[it] = true
+			r.entries++
+			stands := m.want[place{it.chain, it.seq}]
+			if c := r.chains[it.chain]; c.w.name != it.writer {
+				r.chainOf(b, it)
+			} else if stands == it.hash {
+				r.log.add(r.finding(Replay, it, "the entry is there twice"))
+			} else {
+				r.report(b, it, c, with(r.finding(Equivocation, it, "two different entries for one place"), stands.String(), it.hash.String()))
+			}
+		}
+	}
+	var cc []*chain
+	for _, c := range r.chains {
+		cc = append(cc, c)
+	}
+	slices.SortFunc(cc, func(x, y *chain) int { return bytes.Compare(x.id[:], y.id[:]) })
+	for _, c := range cc {
+		r.strays(c)
+	}
+}
+
+// strays tells entries that change places from entries that stand twice.
+func (r *replay) strays(c *chain) {
+	for _, s := range c.strays {
+		f := &Finding{
+			Code: Order, Where: c.keyOf(s.at), Writer: c.w.name, Chain: c.id.String(), Seq: s.at, Revision: s.mod, order: s.ord,
+			Want: fmt.Sprintf("seq %d", s.at), Got: fmt.Sprintf("seq %d", s.says),
+		}
+		swapped := slices.ContainsFunc(c.strays, func(o stray) bool { return o.at == s.says })
+		empty := s.says > c.seq || slices.ContainsFunc(c.missing, func(m seqRange) bool { return m.from <= s.says && s.says <= m.to })
+		var stands entry.Hash
+		if r.second != nil {
+			stands = r.second.want[place{c.id, s.says}]
+		}
+		switch {
+		case swapped:
+			f.Detail = "it is another entry of the chain, whose place holds another one again: they changed places"
+		case empty:
+			f.Detail = "it is another entry of the chain, whose own place is empty: it was moved"
+		case stands == s.hash:
+			f.Code = Replay
+			f.Detail = fmt.Sprintf("it is a duplicate of entry %d", s.says)
+		default:
+			f.Code = Equivocation
+			f.Detail = fmt.Sprintf("it is signed as entry %d, and so is another", s.says)
+			f.Want, f.Got = stands.String(), s.hash.String()
+		}
+		r.log.add(f)
+	}
+}

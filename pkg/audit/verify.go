@@ -1,0 +1,265 @@
+package audit
+
+import (
+	"context"
+	"fmt"
+	"math"
+	"runtime"
+	"slices"
+	"sort"
+	"strings"
+	"sync"
+
+	"golang.org/x/mod/sumdb/note"
+
+	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
+)
+
+// findings gathers what is wrong, from several goroutines.
+type findings struct {
+	mu       sync.Mutex
+	list     []Finding
+	count    int64
+	byCode   map[Code]int64
+	badSigs  map[string]bool // where BAD-SIGNATURE was said already
+	warnings []Finding
+	warned   int64
+	notes    []string
+	folded   map[Code]int64
+	sigs     int64
+}
+
+func newFindings() *findings {
+	return &findings{byCode: map[Code]int64{}, badSigs: map[string]bool{}, folded: map[Code]int64{}}
+}
+
+// own gives a finding memory of its own: what it was made of is reused.
+func (f *Finding) own() Finding {
+	c := *f
+	c.Where, c.Writer, c.Want, c.Got = strings.Clone(f.Where), strings.Clone(f.Writer), strings.Clone(f.Want), strings.Clone(f.Got)
+	return c
+}
+
+func (l *findings) add(f *Finding) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if f.Code == BadSignature {
+		if l.badSigs[f.Where] {
+			return
+		}
+		if len(l.badSigs) < 4*MaxFindings {
+			l.badSigs[strings.Clone(f.Where)] = true
+		}
+	}
+	l.count++
+	l.byCode[f.Code]++
+	if len(l.list) < MaxFindings {
+		l.list = append(l.list, f.own())
+	}
+}
+
+// fold counts what would be a finding, were there no entries of unknown meaning.
+func (l *findings) fold(f *Finding) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.folded[f.Code]++
+}
+
+func (l *findings) warn(f *Finding) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.warned++
+	if len(l.warnings) < MaxFindings {
+		l.warnings = append(l.warnings, f.own())
+	}
+}
+
+func (l *findings) note(format string, args ...any) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.notes = append(l.notes, fmt.Sprintf(format, args...))
+}
+
+func (l *findings) checked(n int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.sigs += int64(n)
+}
+
+// checkSigs does a batch's signature tasks.
+func (l *findings) checkSigs(tasks []sigTask) {
+	for i := range tasks {
+		l.checkSig(tasks[i].it, tasks[i].key)
+	}
+	l.checked(len(tasks))
+}
+
+func (l *findings) checkSig(it *item, key note.Verifier) {
+	if holds(it.val, &it.e.Signature, key, key.Name()) {
+		return
+	}
+	got := sigName(&it.e.Signature)
+	if got == keyName(key) {
+		got += ", over other bytes"
+	}
+	l.add(&Finding{
+		Code: BadSignature, Where: it.key, Writer: it.writer, Chain: it.chain.String(), Seq: it.seq, Revision: it.mod, order: it.ord,
+		Detail: notInForce, Want: keyName(key), Got: got,
+	})
+}
+
+// Verify checks a whole ledger. It returns an error only if it could not check:
+// what is wrong with what it could read is in the Report.
+func Verify(ctx context.Context, src Source, o Options) (*Report, error) {
+	snap := src.Snapshot()
+	keys, err := keyspace.New(snap.Prefix)
+	if err != nil {
+		return nil, err
+	}
+	if o.Workers <= 0 {
+		o.Workers = runtime.GOMAXPROCS(0)
+	}
+	batches := newBatchPool(6*o.Workers + 4)
+
+	read := func(log *findings, second *moved) (*replay, error) {
+		r := newReplay(keys, snap, &o, log)
+		r.second = second
+		work := func(b *batch) {
+			for i := range b.items[:b.n] {
+				b.items[i].parseEntry(r.prefix, keys, b.buf)
+			}
+		}
+		sigs := make(chan *batch, o.Workers)
+		var wg sync.WaitGroup
+		for range o.Workers {
+			wg.Go(func() {
+				for b := range sigs {
+					log.checkSigs(b.sigs)
+					batches.put(b)
+				}
+			})
+		}
+		var seen int64
+		err := each(ctx, o.Workers, src.Entries, work, func(b *batch) bool {
+			r.batch(b)
+			seen += int64(b.n)
+			if o.Progress != nil {
+				o.Progress(seen)
+			}
+			if len(b.sigs) == 0 {
+				return true
+			}
+			sigs <- b
+			return false
+		}, batches)
+		close(sigs)
+		wg.Wait()
+		if err != nil {
+			return nil, fmt.Errorf("reading entries: %w", err)
+		}
+		return r, nil
+	}
+	log := newFindings()
+	r, err := read(log, nil)
+	if err == nil && r.moved != nil {
+		m := r.moved
+		m.arrange()
+		log = newFindings()
+		r, err = read(log, m)
+	}
+	if err != nil {
+		return nil, err
+	}
+	last := &batch{}
+	r.finish(last)
+	log.checkSigs(last.sigs)
+	r.checkTips(o.Workers)
+
+	d := newDiff(r)
+	// The same workers, another work: the replay is over, and each live key
+	// touches what no other key touches.
+	if err := each(ctx, o.Workers, d.ordered(src.State), d.work, func(*batch) bool { return true }, batches); err != nil {
+		return nil, fmt.Errorf("reading live keys: %w", err)
+	}
+	if r.entries == 0 && d.count.Load() == 0 {
+		return nil, fmt.Errorf("nothing below %s: not initialised, or the wrong prefix or etcd", snap.Prefix)
+	}
+	d.finish()
+	if a, ok := src.(interface{ archiveFindings() []Finding }); ok {
+		for _, f := range a.archiveFindings() {
+			f.order = math.MaxInt64
+			log.add(&f)
+		}
+	}
+	return r.reportOf(d, &o), nil
+}
+
+// checkTips checks the signature of every chain's last entry, which covers
+// what is below it.
+func (r *replay) checkTips(workers int) {
+	tips := make(chan *chain, workers)
+	var wg sync.WaitGroup
+	for range workers {
+		wg.Go(func() {
+			for c := range tips {
+				r.log.checked(1)
+				if !holds(c.stored, &c.sigOf, c.key, c.w.name) {
+					r.log.add(&Finding{
+						Code: BadSignature, Where: c.keyOf(c.seq), Writer: c.w.name, Chain: c.id.String(), Seq: c.seq, Revision: c.mod,
+						Detail: "the chain's last entry is not signed by the key in force", Want: keyName(c.key), Got: sigName(&c.sigOf),
+						order: math.MaxInt64,
+					})
+				}
+			}
+		})
+	}
+	for _, c := range r.chains {
+		if c.key != nil && c.parsed && !c.lastIsRotate {
+			tips <- c
+		}
+	}
+	close(tips)
+	wg.Wait()
+}
+
+func (r *replay) reportOf(d *diff, o *Options) *Report {
+	l := r.log
+	p := &Report{
+		Snapshot: r.snap, Cluster: r.cluster, Epoch: r.meta.epoch, State: r.meta.state,
+		First: r.first, Last: r.last, Entries: r.entries, Chains: int64(len(r.chains)), Writers: int64(len(r.writers)),
+		Leased: r.leased, Free: int64(len(r.addrs)) - r.leased, Attachments: r.live, Blocks: int64(len(r.blocks)),
+		Signatures: l.sigs, AllSignatures: o.AllSignatures, Pinned: o.Keys != nil, UnknownVersion: r.unknown,
+		Findings: l.list, FindingCount: l.count, ByCode: l.byCode, Warnings: l.warnings, WarningCount: l.warned, Notes: l.notes,
+	}
+	if r.meta.set {
+		p.Cluster = r.meta.cluster
+	}
+	slices.SortStableFunc(p.Findings, func(a, b Finding) int {
+		switch {
+		case a.order != b.order:
+			if a.order < b.order {
+				return -1
+			}
+			return 1
+		case a.Where != b.Where:
+			return strings.Compare(a.Where, b.Where)
+		}
+		return strings.Compare(string(a.Code)+a.Detail, string(b.Code)+b.Detail)
+	})
+	if r.unknown > 0 {
+		p.Reduced = append(p.Reduced, fmt.Sprintf("%d entries are of a version or with an op that this program does not know: hash and signature were checked, they were not replayed; use a newer 'ledger'", r.unknown))
+	}
+	p.Reduced = append(p.Reduced, d.reduced...)
+	if len(l.folded) > 0 {
+		var cc []string
+		for c, n := range l.folded {
+			cc = append(cc, fmt.Sprintf("%d %s", n, c))
+		}
+		sort.Strings(cc)
+		p.Reduced = append(p.Reduced, "not judged, as it may follow from what is not known: "+strings.Join(cc, ", "))
+	}
+	if p.Findings == nil {
+		p.Findings = []Finding{}
+	}
+	return p
+}

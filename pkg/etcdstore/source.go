@@ -1,0 +1,215 @@
+package etcdstore
+
+import (
+	"cmp"
+	"container/heap"
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/ipam-ledger/ipam-ledger/pkg/audit"
+	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
+)
+
+// ErrCompacted says that etcd compacted the revision that was being read: take
+// another snapshot.
+var ErrCompacted = errors.New("etcd compacted the revision that was being read")
+
+// Source reads everything below a prefix at one revision. Memory grows with the
+// number of chains, each of which is read a page at a time, not with entries.
+type Source struct {
+	client   *clientv3.Client
+	keys     keyspace.Keys
+	snapshot audit.Snapshot
+}
+
+// Open fixes the revision, read linearizable.
+func Open(ctx context.Context, client *clientv3.Client, keys keyspace.Keys) (*Source, error) {
+	r, err := client.Get(ctx, keys.Meta(), clientv3.WithCountOnly())
+	if err != nil {
+		return nil, explain(err)
+	}
+	return &Source{client: client, keys: keys, snapshot: audit.Snapshot{
+		Prefix: keys.Prefix(), EtcdCluster: keyspace.EtcdClusterID(r.Header.ClusterId), Revision: r.Header.Revision, Taken: time.Now().UTC(),
+	}}, nil
+}
+
+// Snapshot implements audit.Source.
+func (s *Source) Snapshot() audit.Snapshot { return s.snapshot }
+
+// statePage is how many keys outside chains/ are read at a time.
+const statePage = 2000
+
+// State implements audit.Source.
+func (s *Source) State(ctx context.Context, f func(audit.Record) error) error {
+	for _, span := range [][2]string{
+		{s.keys.Prefix(), s.keys.Chains()},
+		{keyspace.After(s.keys.Chains()), keyspace.After(s.keys.Prefix())},
+	} {
+		for from := span[0]; ; {
+			kvs, more, err := s.page(ctx, from, span[1], statePage)
+			if err != nil {
+				return err
+			}
+			for _, kv := range kvs {
+				if err := f(record(kv)); err != nil {
+					return err
+				}
+			}
+			if !more {
+				break
+			}
+			from = string(kvs[len(kvs)-1].Key) + "\x00"
+		}
+	}
+	return nil
+}
+
+func (s *Source) page(ctx context.Context, from, end string, limit int64, opts ...clientv3.OpOption) ([]*mvccpb.KeyValue, bool, error) {
+	opts = append(opts, clientv3.WithRange(end), clientv3.WithRev(s.snapshot.Revision), clientv3.WithLimit(limit), clientv3.WithSerializable())
+	r, err := s.client.Get(ctx, from, opts...)
+	if errors.Is(err, rpctypes.ErrFutureRev) {
+		// A member that lags has not seen the revision yet: ask linearizable.
+		r, err = s.client.Get(ctx, from, opts[:len(opts)-1]...)
+	}
+	switch {
+	case errors.Is(err, rpctypes.ErrCompacted):
+		return nil, false, fmt.Errorf("%w (%d)", ErrCompacted, s.snapshot.Revision)
+	case err != nil:
+		return nil, false, explain(err)
+	}
+	return r.Kvs, r.More, nil
+}
+
+func record(kv *mvccpb.KeyValue) audit.Record {
+	return audit.Record{
+		Key: string(kv.Key), Value: kv.Value,
+		Create: kv.CreateRevision, Mod: kv.ModRevision, Version: kv.Version, Lease: kv.Lease,
+	}
+}
+
+// Entries implements audit.Source. Within a chain, key order is commit order, so
+// chains are merged; etcd itself would sort the whole range for each page.
+func (s *Source) Entries(ctx context.Context, f func(audit.Record) error) error {
+	chains, err := s.chains(ctx)
+	if err != nil {
+		return err
+	}
+	page := int64(min(2000, max(16, 100_000/max(1, len(chains)))))
+	var h cursors
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	for _, span := range chains {
+		c := &cursor{source: s, end: span[1], limit: page, next: make(chan fetched, 1)}
+		c.fetch(ctx, span[0])
+		if ok, err := c.advance(ctx); err != nil {
+			return err
+		} else if ok {
+			h = append(h, c)
+		}
+	}
+	heap.Init(&h)
+	for len(h) > 0 {
+		c := h[0]
+		if err := f(record(c.kvs[0])); err != nil {
+			return err
+		}
+		c.kvs = c.kvs[1:]
+		ok, err := c.advance(ctx)
+		switch {
+		case err != nil:
+			return err
+		case ok:
+			heap.Fix(&h, 0)
+		default:
+			heap.Pop(&h)
+		}
+	}
+	return nil
+}
+
+// chains finds the key ranges of all chains by leaping from one to the next; a
+// key that belongs to none is a range of its own.
+func (s *Source) chains(ctx context.Context) ([][2]string, error) {
+	var out [][2]string
+	end := keyspace.After(s.keys.Chains())
+	for from := s.keys.Chains(); ; {
+		kvs, _, err := s.page(ctx, from, end, 1, clientv3.WithKeysOnly())
+		if err != nil {
+			return nil, err
+		}
+		if len(kvs) == 0 {
+			return out, nil
+		}
+		first, next := string(kvs[0].Key), string(kvs[0].Key)+"\x00"
+		if k, err := s.keys.Parse(first); err == nil {
+			next = keyspace.After(s.keys.Chain(k.Writer, k.Chain))
+		}
+		out = append(out, [2]string{first, next})
+		from = next
+	}
+}
+
+// cursor walks one chain, a page ahead of its reader.
+type cursor struct {
+	source *Source
+	end    string
+	limit  int64
+	kvs    []*mvccpb.KeyValue
+	next   chan fetched // nil: no more
+}
+
+type fetched struct {
+	kvs  []*mvccpb.KeyValue
+	more bool
+	err  error
+}
+
+func (c *cursor) fetch(ctx context.Context, from string) {
+	go func() {
+		var p fetched
+		p.kvs, p.more, p.err = c.source.page(ctx, from, c.end, c.limit)
+		c.next <- p
+	}()
+}
+
+// advance makes sure that there is a key to read; false at the end.
+func (c *cursor) advance(ctx context.Context) (bool, error) {
+	if len(c.kvs) > 0 {
+		return true, nil
+	}
+	if c.next == nil {
+		return false, nil
+	}
+	p := <-c.next
+	if p.err != nil {
+		return false, p.err
+	}
+	c.kvs = p.kvs
+	if p.more {
+		c.fetch(ctx, string(p.kvs[len(p.kvs)-1].Key)+"\x00")
+	} else {
+		c.next = nil
+	}
+	return len(c.kvs) > 0, nil
+}
+
+type cursors []*cursor
+
+func (h cursors) Len() int { return len(h) }
+func (h cursors) Less(i, j int) bool {
+	a, b := h[i].kvs[0], h[j].kvs[0]
+	return cmp.Or(cmp.Compare(a.ModRevision, b.ModRevision), cmp.Compare(string(a.Key), string(b.Key))) < 0
+}
+func (h cursors) Swap(i, j int) { h[i], h[j] = h[j], h[i] }
+func (h *cursors) Push(x any)   { *h = append(*h, x.(*cursor)) }
+func (h *cursors) Pop() any {
+	last := (*h)[len(*h)-1]
+	*h = (*h)[:len(*h)-1]
+	return last
+}

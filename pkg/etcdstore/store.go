@@ -1,0 +1,430 @@
+// Package etcdstore is etcd as the other packages see it: the allocator's
+// Store on one connection, and a Source that reads everything at one revision.
+//
+// # One connection
+//
+// A Store has at most one connection. It dials one endpoint itself, TLS
+// handshake included, and hands that connection to the etcd client, which can
+// make no other. So a commit goes where its view came from, or fails without
+// having been sent; and what goes wrong in dialing is known by its cause instead
+// of surfacing as an expired deadline.
+//
+// # Outcomes
+//
+// Commit reports ErrNotApplied only for answers that etcd gives before it
+// proposes a transaction or on refusing it whole (out of space, permission,
+// invalid request, learner). Everything else that is no answer (a lost
+// connection, an expired deadline, a leader change) leaves the outcome unknown.
+package etcdstore
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/rand/v2"
+	"net"
+	"net/url"
+	"os"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/ipam-ledger/ipam-ledger/pkg/allocator"
+)
+
+// Config is how etcd is reached.
+type Config struct {
+	Endpoints                 []string // http://host:port, https://host:port, host:port, unix:///path
+	CAFile, CertFile, KeyFile string
+	Username, Password        string
+	DialTimeout               time.Duration // for one endpoint; default 2 s
+}
+
+// Store is one connection to etcd. It is not safe for concurrent use.
+type Store struct {
+	cfg     Config
+	next    int // endpoint to try next
+	session *session
+}
+
+// session is one connection and the client on it.
+type session struct {
+	client   *clientv3.Client
+	endpoint string
+	dead     atomic.Bool
+	cause    atomic.Pointer[error] // why the connection broke, where that has a name
+}
+
+// New returns a Store that has not connected yet.
+func New(cfg Config) *Store {
+	if cfg.DialTimeout == 0 {
+		cfg.DialTimeout = 2 * time.Second
+	}
+	return &Store{cfg: cfg, next: rand.IntN(max(1, len(cfg.Endpoints)))}
+}
+
+// Close ends the connection.
+func (s *Store) Close() error {
+	if s.session == nil {
+		return nil
+	}
+	err := s.session.client.Close()
+	s.session = nil
+	return err
+}
+
+// Client is the etcd client on the connection, for reads beyond Store's. It
+// connects if need be.
+func (s *Store) Client(ctx context.Context) (*clientv3.Client, error) {
+	if err := s.Connect(ctx); err != nil {
+		return nil, err
+	}
+	return s.session.client, nil
+}
+
+// Connect dials the endpoints in turn until one answers.
+func (s *Store) Connect(ctx context.Context) error {
+	if s.session != nil && !s.session.dead.Load() {
+		return nil
+	}
+	s.Close()
+	if len(s.cfg.Endpoints) == 0 {
+		return fmt.Errorf("%w: no endpoint is configured", allocator.ErrUnavailable)
+	}
+	var errs []error
+	for range s.cfg.Endpoints {
+		endpoint := s.cfg.Endpoints[s.next%len(s.cfg.Endpoints)]
+		s.next++
+		session, err := s.connect(ctx, endpoint)
+		if err == nil {
+			s.session = session
+			return nil
+		}
+		errs = append(errs, fmt.Errorf("%s: %w", endpoint, err))
+	}
+	return fmt.Errorf("%w: %w", allocator.ErrUnavailable, errors.Join(errs...))
+}
+
+func (s *Store) connect(ctx context.Context, endpoint string) (*session, error) {
+	conn, err := Dial(ctx, s.cfg, endpoint)
+	if err != nil {
+		return nil, err
+	}
+	se := &session{endpoint: endpoint}
+	once := make(chan net.Conn, 1)
+	once <- &watched{conn, se, s.cfg}
+	se.client, err = clientv3.New(clientv3.Config{
+		Endpoints: []string{"http://" + authority(endpoint)}, // TLS is done
+		Username:  s.cfg.Username,
+		Password:  s.cfg.Password,
+		Logger:    zap.NewNop(),
+		DialOptions: []grpc.DialOption{grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
+			select {
+			case c := <-once:
+				return c, nil
+			default:
+				se.dead.Store(true)
+				return nil, allocator.ErrReconnected
+			}
+		})},
+		DialTimeout: s.cfg.DialTimeout,
+		Context:     context.WithoutCancel(ctx),
+	})
+	if err != nil {
+		conn.Close()
+		return nil, explain(err)
+	}
+	return se, nil
+}
+
+// watched notes when the connection is closed, and why: with TLS 1.3 a server
+// judges our certificate after the handshake, so that its alert comes with the
+// first read, and gRPC would drop it.
+type watched struct {
+	net.Conn
+	session *session
+	cfg     Config
+}
+
+func (w *watched) Close() error {
+	w.session.dead.Store(true)
+	return w.Conn.Close()
+}
+
+func (w *watched) Read(b []byte) (int, error) {
+	n, err := w.Conn.Read(b)
+	if err != nil && strings.Contains(err.Error(), "remote error: tls:") {
+		cause := explainTLS(err, w.cfg)
+		w.session.cause.Store(&cause)
+	}
+	return n, err
+}
+
+func authority(endpoint string) string {
+	if u, err := url.Parse(endpoint); err == nil && u.Host != "" {
+		return u.Host
+	}
+	if strings.HasPrefix(endpoint, "unix:") {
+		return "localhost"
+	}
+	return endpoint
+}
+
+// Dial opens one connection to one endpoint, with the TLS handshake where it is
+// https, and says in its error what is wrong: the name does not resolve, nobody
+// listens, a certificate has expired, is signed by an unknown authority or is
+// for another name, the server wants a client certificate, or no TLS is spoken.
+func Dial(ctx context.Context, cfg Config, endpoint string) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, max(cfg.DialTimeout, time.Millisecond))
+	defer cancel()
+	network, addr := "tcp", authority(endpoint)
+	if path, ok := strings.CutPrefix(endpoint, "unix:"); ok {
+		network, addr = "unix", strings.TrimPrefix(path, "//")
+	}
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, network, addr)
+	if err != nil {
+		return nil, err
+	}
+	secure := strings.HasPrefix(endpoint, "https://") ||
+		(!strings.Contains(endpoint, "://") && network == "tcp" && (cfg.CAFile != "" || cfg.CertFile != ""))
+	if !secure {
+		return conn, nil
+	}
+	tc, err := cfg.TLS()
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	if host, _, err := net.SplitHostPort(addr); err == nil {
+		tc.ServerName = host
+	}
+	t := tls.Client(conn, tc)
+	if err := t.HandshakeContext(ctx); err != nil {
+		conn.Close()
+		return nil, explainTLS(err, cfg)
+	}
+	return t, nil
+}
+
+// TLS reads the certificate files. It is called for each connection, so that
+// replaced files are taken up.
+func (c Config) TLS() (*tls.Config, error) {
+	out := &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: []string{"h2"}}
+	if c.CAFile != "" {
+		pem, err := os.ReadFile(c.CAFile)
+		if err != nil {
+			return nil, fmt.Errorf("caFile: %w", err)
+		}
+		out.RootCAs = x509.NewCertPool()
+		if !out.RootCAs.AppendCertsFromPEM(pem) {
+			return nil, fmt.Errorf("caFile %s holds no certificate in PEM form", c.CAFile)
+		}
+	}
+	if c.CertFile != "" {
+		cert, err := tls.LoadX509KeyPair(c.CertFile, c.KeyFile)
+		switch {
+		case errors.Is(err, fs.ErrNotExist), errors.Is(err, fs.ErrPermission):
+			return nil, fmt.Errorf("client certificate: %w", err)
+		case err != nil:
+			return nil, fmt.Errorf("client certificate %s with key %s: %w", c.CertFile, c.KeyFile, err)
+		}
+		out.Certificates = []tls.Certificate{cert}
+	}
+	return out, nil
+}
+
+func explainTLS(err error, cfg Config) error {
+	var expired x509.CertificateInvalidError
+	var unknown x509.UnknownAuthorityError
+	var name x509.HostnameError
+	var record tls.RecordHeaderError
+	switch {
+	case errors.As(err, &expired) && expired.Reason == x509.Expired:
+		return fmt.Errorf("TLS: etcd's certificate is valid from %s to %s and the clock says %s: renew it, or set the clock: %w",
+			expired.Cert.NotBefore.Format(time.DateTime), expired.Cert.NotAfter.Format(time.DateTime), time.Now().UTC().Format(time.DateTime), err)
+	case errors.As(err, &unknown):
+		ca := cfg.CAFile
+		if ca == "" {
+			ca = "the system's roots (caFile is not set)"
+		}
+		return fmt.Errorf("TLS: etcd's certificate is not signed by %s: %w", ca, err)
+	case errors.As(err, &name):
+		return fmt.Errorf("TLS: etcd's certificate is for another name than the endpoint: %w", err)
+	case errors.As(err, &record):
+		return fmt.Errorf("TLS: etcd does not speak TLS here: use http://, or its TLS port: %w", err)
+	case strings.Contains(err.Error(), "remote error: tls:"):
+		who := "client certificate " + cfg.CertFile
+		if cfg.CertFile == "" {
+			who = "this client, which has no certificate (certFile is not set)"
+		}
+		return fmt.Errorf("TLS: etcd refuses %s: %w", who, err)
+	}
+	return fmt.Errorf("TLS handshake: %w", err)
+}
+
+// attempt is how long one read may take at one endpoint before the next is tried.
+const attempt = 3 * time.Second
+
+// Read implements allocator.Store. It tries other endpoints until ctx is done.
+func (s *Store) Read(ctx context.Context, serializable bool, gets []allocator.Get) (*allocator.Reply, error) {
+	ops := make([]clientv3.Op, 0, len(gets))
+	for _, g := range gets {
+		var opts []clientv3.OpOption
+		if g.End != "" {
+			opts = append(opts, clientv3.WithRange(g.End))
+		}
+		if g.Limit > 0 {
+			opts = append(opts, clientv3.WithLimit(g.Limit))
+		}
+		if serializable {
+			opts = append(opts, clientv3.WithSerializable())
+		}
+		ops = append(ops, clientv3.OpGet(g.Key, opts...))
+	}
+	for tries := 0; ; tries++ {
+		if err := s.Connect(ctx); err != nil {
+			return nil, err
+		}
+		actx, cancel := context.WithTimeout(ctx, attempt)
+		resp, err := s.session.client.Txn(actx).Then(ops...).Commit()
+		cancel()
+		if err == nil {
+			return reply(resp), nil
+		}
+		if cause := s.session.cause.Load(); cause != nil {
+			return nil, fmt.Errorf("%w: %s: %w", allocator.ErrUnavailable, s.session.endpoint, *cause)
+		}
+		if !transient(err) || ctx.Err() != nil {
+			return nil, fmt.Errorf("%w: %s: %w", allocator.ErrUnavailable, s.session.endpoint, explain(err))
+		}
+		last := s.session.endpoint
+		s.Close()
+		if tries >= 2*len(s.cfg.Endpoints) {
+			return nil, fmt.Errorf("%w: %s: %w", allocator.ErrUnavailable, last, explain(err))
+		}
+	}
+}
+
+// Commit implements allocator.Store.
+func (s *Store) Commit(ctx context.Context, txn allocator.Txn) (*allocator.Reply, error) {
+	if s.session == nil || s.session.dead.Load() {
+		return nil, fmt.Errorf("%w: %w", allocator.ErrNotApplied, allocator.ErrReconnected)
+	}
+	var cmps []clientv3.Cmp
+	for _, c := range txn.If {
+		if c.End == "" {
+			cmps = append(cmps, clientv3.Compare(clientv3.ModRevision(c.Key), "=", c.Mod))
+		} else {
+			cmps = append(cmps, clientv3.Compare(clientv3.ModRevision(c.Key).WithRange(c.End), "<", c.Mod+1))
+		}
+	}
+	var ops []clientv3.Op
+	for _, w := range txn.Then {
+		switch {
+		case !w.Delete:
+			ops = append(ops, clientv3.OpPut(w.Key, string(w.Value)))
+		case w.End != "":
+			ops = append(ops, clientv3.OpDelete(w.Key, clientv3.WithRange(w.End)))
+		default:
+			ops = append(ops, clientv3.OpDelete(w.Key))
+		}
+	}
+	// Half of what is left, so that a lost reply leaves time to find out.
+	if end, ok := ctx.Deadline(); ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, time.Until(end)/2)
+		defer cancel()
+	}
+	resp, err := s.session.client.Txn(ctx).If(cmps...).Then(ops...).Commit()
+	if err == nil {
+		return reply(resp), nil
+	}
+	endpoint := s.session.endpoint
+	switch {
+	case errors.Is(err, rpctypes.ErrNoSpace):
+		return nil, fmt.Errorf("%w: %s: %w", allocator.ErrNotApplied, endpoint, allocator.ErrNoSpace)
+	case errors.Is(err, errLearner):
+		s.Close()
+		return nil, fmt.Errorf("%w: %s: %w: %w", allocator.ErrNotApplied, endpoint, allocator.ErrReconnected, err)
+	case refused(err):
+		return nil, fmt.Errorf("%w: %s: %w", allocator.ErrNotApplied, endpoint, explain(err))
+	}
+	s.Close() // whatever comes next must not meet this connection's leftovers
+	return nil, fmt.Errorf("%s: %w", endpoint, explain(err))
+}
+
+// errLearner is a member that does not vote: it refuses transactions.
+var errLearner = rpctypes.Error(rpctypes.ErrGRPCNotSupportedForLearner)
+
+// refused reports whether etcd answered that it will not do a transaction.
+func refused(err error) bool {
+	if errors.Is(err, errLearner) || errors.Is(err, rpctypes.ErrTooManyRequests) {
+		return true
+	}
+	var e rpctypes.EtcdError
+	if !errors.As(err, &e) {
+		return false // not etcd's own words
+	}
+	switch e.Code() {
+	case codes.InvalidArgument, codes.PermissionDenied, codes.Unauthenticated:
+		return true
+	}
+	return false
+}
+
+// transient reports whether a read may succeed at another endpoint or again.
+func transient(err error) bool {
+	switch code(err) {
+	case codes.InvalidArgument, codes.PermissionDenied, codes.Unauthenticated, codes.OutOfRange:
+		return false
+	}
+	return true
+}
+
+func code(err error) codes.Code {
+	var e rpctypes.EtcdError
+	if errors.As(err, &e) {
+		return e.Code()
+	}
+	return status.Code(err)
+}
+
+// explain says in plain words what etcd's client reports tersely.
+func explain(err error) error {
+	switch {
+	case errors.Is(err, context.DeadlineExceeded), code(err) == codes.DeadlineExceeded:
+		return fmt.Errorf("etcd accepted the connection and did not answer in time (no leader, or a slow disk?): %w", err)
+	case errors.Is(err, rpctypes.ErrPermissionDenied):
+		return fmt.Errorf("etcd's roles do not allow this: %w", err)
+	case errors.Is(err, rpctypes.ErrUserEmpty):
+		return fmt.Errorf("etcd wants a user: set username and passwordFile, or a client certificate: %w", err)
+	}
+	return err
+}
+
+func reply(r *clientv3.TxnResponse) *allocator.Reply {
+	out := &allocator.Reply{Cluster: r.Header.ClusterId, Revision: r.Header.Revision, Succeeded: r.Succeeded}
+	for _, x := range r.Responses {
+		rr := x.GetResponseRange()
+		if rr == nil {
+			continue
+		}
+		g := allocator.Range{More: rr.More}
+		for _, kv := range rr.Kvs {
+			g.KVs = append(g.KVs, allocator.KV{Key: string(kv.Key), Value: kv.Value, Mod: kv.ModRevision})
+		}
+		out.Ranges = append(out.Ranges, g)
+	}
+	return out
+}

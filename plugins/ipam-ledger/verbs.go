@@ -1,0 +1,233 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/containernetworking/cni/pkg/ns"
+	"github.com/containernetworking/cni/pkg/skel"
+	"github.com/containernetworking/cni/pkg/types"
+	current "github.com/containernetworking/cni/pkg/types/100"
+	"go4.org/netipx"
+
+	"github.com/ipam-ledger/ipam-ledger/pkg/allocator"
+	"github.com/ipam-ledger/ipam-ledger/pkg/config"
+	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
+)
+
+// add gives the attachment its addresses. What can be refused is refused before
+// the commit; skel itself looks at the netns only afterwards.
+func add(args *skel.CmdArgs) error {
+	n, err := config.LoadNetwork("ADD", args.StdinData, args.Args)
+	if err != nil {
+		return err
+	}
+	if err := checkNetns(args); err != nil {
+		return err
+	}
+	p, err := open(n)
+	if err != nil {
+		return err
+	}
+	defer p.close()
+	req := allocator.Request{ID: p.attachment(args), PoolName: n.Pool, Requested: n.Requested, Trace: traceID()}
+	switch n.Identity {
+	case config.IdentityFull:
+		req.Pod, req.PodUID = n.Pod, n.PodUID
+	case config.IdentityUID:
+		req.PodUID = n.PodUID
+	}
+	if !n.Named {
+		req.Pool, err = allocator.NewPool(n.Space, n.Pool, n.RangeSets, n.Exclude, n.StrictAffinity, n.BlockSize, n.Hold)
+		if err != nil {
+			return types.NewError(types.ErrInvalidNetworkConfig, "ranges cannot be used", err.Error())
+		}
+	}
+	a, err := p.Acquire(context.Background(), req)
+	if err != nil {
+		return p.fail("ADD", req.ID.String(), err)
+	}
+	p.contacted()
+	p.Log.Info("ADD", "attachment", req.ID.String(), "addresses", a.Leases, "acquire", a.Acquire.Short())
+	result := &current.Result{CNIVersion: current.ImplementedSpecVersion, Routes: n.Routes, DNS: n.DNS}
+	for _, l := range a.Leases {
+		ip := &current.IPConfig{Address: *netipx.PrefixIPNet(l.Address)}
+		ip.Address.IP = l.Address.Addr().AsSlice()
+		if l.Gateway.IsValid() {
+			ip.Gateway = l.Gateway.AsSlice()
+		}
+		result.IPs = append(result.IPs, ip)
+	}
+	return types.PrintResult(result, n.CNIVersion)
+}
+
+// del ends the attachment's lease, or queues that: it fails only where neither
+// is possible.
+func del(args *skel.CmdArgs) error {
+	n, err := config.LoadNetwork("DEL", args.StdinData, args.Args)
+	if err != nil {
+		return err
+	}
+	p, err := open(n)
+	if err != nil {
+		return err
+	}
+	defer p.close()
+	id := p.attachment(args)
+	if err := p.Release(context.Background(), id, "", n.Hold); err != nil {
+		return p.fail("DEL", id.String(), err)
+	}
+	p.Log.Info("DEL", "attachment", id.String())
+	return nil
+}
+
+// check compares what etcd says with prevResult.
+func check(args *skel.CmdArgs) error {
+	n, err := config.LoadNetwork("CHECK", args.StdinData, args.Args)
+	if err != nil {
+		return err
+	}
+	if n.PrevResult == nil {
+		return types.NewError(types.ErrInvalidNetworkConfig, "CHECK needs prevResult", "prevResult is absent from the network configuration")
+	}
+	p, err := open(n)
+	if err != nil {
+		return err
+	}
+	defer p.close()
+	var ips []netip.Addr
+	for _, ip := range n.PrevResult.IPs {
+		if a, ok := netip.AddrFromSlice(ip.Address.IP); ok {
+			ips = append(ips, a.Unmap())
+		}
+	}
+	id := p.attachment(args)
+	if err := p.Check(context.Background(), id, ips); err != nil {
+		return p.fail("CHECK", id.String(), err)
+	}
+	p.contacted()
+	return nil
+}
+
+// gc releases what this node holds for this network and the runtime does not
+// list. An empty list is a list; an absent one is refused.
+func gc(args *skel.CmdArgs) error {
+	n, err := config.LoadNetwork("GC", args.StdinData, args.Args)
+	if err != nil {
+		return err
+	}
+	if !n.HasValidAttachments {
+		return types.NewError(types.ErrInvalidNetworkConfig, "GC needs the list of valid attachments", "cni.dev/valid-attachments is absent or null; an empty list is written []")
+	}
+	p, err := open(n)
+	if err != nil {
+		return err
+	}
+	defer p.close()
+	keep := map[keyspace.AttachmentID]bool{}
+	for _, a := range n.ValidAttachments {
+		keep[keyspace.AttachmentID{Node: n.Node, Network: n.Name, Container: a.ContainerID, Interface: a.IfName}] = true
+	}
+	released, err := p.GC(context.Background(), n.Name, keep, n.Hold)
+	for _, id := range released {
+		p.Log.Info("GC", "released", id.String())
+	}
+	if err != nil {
+		return p.fail("GC", n.Name+" on "+n.Node, err)
+	}
+	p.contacted()
+	return nil
+}
+
+// How STATUS asks etcd: seldom, as runtimes ask it all the time, and briefly.
+const (
+	statusEvery   = 30 * time.Second
+	statusTimeout = 2 * time.Second
+)
+
+// status fails for what is wrong with this node, and never for what is wrong
+// with the cluster: runtimes turn it into node readiness, and a cluster gone
+// NotReady would evict the very pods that hold the addresses.
+func status(args *skel.CmdArgs) error {
+	n, err := config.LoadNetwork("STATUS", args.StdinData, args.Args)
+	if err != nil {
+		return err
+	}
+	n.Timeout, n.LockTimeout = min(n.Timeout, statusTimeout), min(n.LockTimeout, statusTimeout)
+	p, err := open(n)
+	if err != nil {
+		return err
+	}
+	defer p.close()
+	if err := p.Identity(); err != nil {
+		return p.fail("STATUS", "node "+n.Node, err)
+	}
+	// Jittered, so that the nodes of a cluster do not ask in step.
+	every := statusEvery - rand.N(statusEvery/4)
+	if ago, ok := p.Dir.Since("asked"); !ok || ago < 0 || ago > every {
+		if err := p.Dir.Touch("asked"); err != nil {
+			return p.fail("STATUS", "node "+n.Node, fmt.Errorf("%w: %w", allocator.ErrState, err))
+		}
+		err := p.Probe(context.Background())
+		switch {
+		case err == nil:
+			p.contacted()
+		case errors.Is(err, allocator.ErrUnavailable), errors.Is(err, allocator.ErrUnknownOutcome), errors.Is(err, context.DeadlineExceeded):
+			p.Log.Warn("STATUS", "err", err)
+		default:
+			return p.fail("STATUS", "node "+n.Node, err)
+		}
+		if ago, ok := p.Dir.Since("contact"); err != nil && (!ok || ago > n.StatusGrace) {
+			return unreachable(n, ago, ok, err)
+		}
+		return nil
+	}
+	if ago, ok := p.Dir.Since("contact"); !ok || ago > n.StatusGrace+statusEvery {
+		return unreachable(n, ago, ok, nil)
+	}
+	return nil
+}
+
+// pluginNotAvailable is STATUS's code 50 of the specification.
+const pluginNotAvailable = 50
+
+func unreachable(n *config.Network, ago time.Duration, ever bool, cause error) error {
+	since := "since this node started"
+	if ever {
+		since = "for " + ago.Round(time.Second).String()
+	}
+	details := fmt.Sprintf("node %s has had no contact with etcd (%s) %s; run 'ledger doctor' on it", n.Node, strings.Join(n.Endpoints, ", "), since)
+	if cause != nil {
+		details += ": " + cause.Error()
+	}
+	return types.NewError(pluginNotAvailable, "etcd cannot be reached", details)
+}
+
+// checkNetns does before the commit what skel does after it.
+func checkNetns(args *skel.CmdArgs) error {
+	if o := strings.ToUpper(args.NetnsOverride); o == "TRUE" || o == "1" {
+		return nil
+	}
+	own, err := ns.CheckNetNS(args.Netns)
+	switch {
+	case err != nil:
+		return err
+	case own:
+		return types.NewError(types.ErrInvalidNetNS, "plugin's netns and netns from CNI_NETNS should not be the same", "")
+	}
+	return nil
+}
+
+// traceID is the W3C trace ID of the request, where the runtime has one.
+func traceID() string {
+	if p := strings.Split(os.Getenv("TRACEPARENT"), "-"); len(p) == 4 && len(p[1]) == 32 {
+		return p[1]
+	}
+	return ""
+}
