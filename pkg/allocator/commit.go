@@ -246,7 +246,7 @@ func (s *session) settle() error {
 	if err != nil || fenced || s.mark == nil {
 		return err
 	}
-	if v.writer == nil || v.writer.Chain != s.mark.Chain {
+	if v.writer == nil && !s.restored { // a restored ledger's meta has changed, which shuts it out too
 		if _, err = s.commit(v, change{}); errors.Is(err, errAgain) {
 			err = fmt.Errorf("%w: an earlier commit's outcome is not known, and opening the chain failed: %w", ErrUnknownOutcome, err)
 		}

@@ -300,4 +300,3 @@ func (m *memStore) check(t interface {
 		t.Fatalf("verify found: %+v", r.Findings)
 	}
 }
-

@@ -283,10 +283,7 @@ func (s *session) namedPool(name string, r Range) (*Pool, int64, error) {
 // too: only where that fails does it return an error, ErrState.
 func (w *Writer) Release(ctx context.Context, id keyspace.AttachmentID, reason string, hold time.Duration) error {
 	err := w.with(ctx, func(s *session) error {
-		if err := s.release(id, reason, hold); err != nil {
-			return err
-		}
-		if err := s.forget(id); err != nil {
+		if err := s.letGo(id, reason, hold); err != nil {
 			return err
 		}
 		s.drainSome(keyspace.AttachmentID{})
@@ -306,10 +303,19 @@ func (w *Writer) Release(ctx context.Context, id keyspace.AttachmentID, reason s
 	return nil
 }
 
-// forget is what the state directory does after a release that is settled.
-func (s *session) forget(id keyspace.AttachmentID) error {
+// letGo releases what the runtime no longer has. The holding goes first: a crash
+// in between leaves a lease without a holding, which a recovery releases, instead
+// of a holding without a lease, which it would assert against the next holder.
+func (s *session) letGo(id keyspace.AttachmentID, reason string, hold time.Duration) error {
+	var guess *keyspace.Attachment
+	if h := s.Dir.Holding(id); h != nil {
+		guess = &h.Value // with this, one read suffices
+	}
 	if err := s.Dir.Unhold(id); err != nil {
 		return fmt.Errorf("%w: %w", ErrState, err)
+	}
+	if err := s.release(id, guess, reason, hold); err != nil {
+		return err
 	}
 	if err := s.Dir.Dequeue(id); err != nil {
 		return fmt.Errorf("%w: %w", ErrState, err)
@@ -318,13 +324,8 @@ func (s *session) forget(id keyspace.AttachmentID) error {
 }
 
 // release commits the end of an attachment's lease, whatever it is. That there
-// is none is read linearizable.
-func (s *session) release(id keyspace.AttachmentID, reason string, hold time.Duration) error {
-	// With what we noted at the acquire, one read suffices.
-	var guess *keyspace.Attachment
-	if h := s.Dir.Holding(id); h != nil {
-		guess = &h.Value
-	}
+// is none is read linearizable. guess is what it may hold, or nil.
+func (s *session) release(id keyspace.AttachmentID, guess *keyspace.Attachment, reason string, hold time.Duration) error {
 	for serializable, tries := true, 0; ; serializable = false {
 		next, err := s.tryRelease(id, guess, reason, hold, serializable)
 		switch {
@@ -409,10 +410,7 @@ func (s *session) tryRelease(id keyspace.AttachmentID, guess *keyspace.Attachmen
 // drain settles the queued release of id, if there is one, and some others.
 func (s *session) drain(id keyspace.AttachmentID) error {
 	if s.Dir.IsQueued(id) {
-		if err := s.release(id, "queued release", 0); err != nil {
-			return err
-		}
-		if err := s.forget(id); err != nil {
+		if err := s.letGo(id, "queued release", 0); err != nil {
 			return err
 		}
 	}
@@ -433,12 +431,8 @@ func (s *session) drainSome(but keyspace.AttachmentID) (left int) {
 		if i >= drainLimit {
 			return len(queue) - i
 		}
-		if err := s.release(q.Attachment, queuedReason(q), q.Hold); err != nil {
+		if err := s.letGo(q.Attachment, queuedReason(q), q.Hold); err != nil {
 			s.Log.Warn("a queued release waits on", "attachment", q.Attachment.String(), "err", err)
-			return len(queue) - i
-		}
-		if err := s.forget(q.Attachment); err != nil {
-			s.Log.Warn("a queued release is done and cannot be taken off the queue", "err", err)
 			return len(queue) - i
 		}
 	}
@@ -532,10 +526,7 @@ func (w *Writer) GC(ctx context.Context, network string, keep map[keyspace.Attac
 	var errs []error
 	for _, id := range ids {
 		err := w.with(ctx, func(s *session) error {
-			if err := s.release(id, "gc: unknown to the runtime", hold); err != nil {
-				return err
-			}
-			return s.forget(id)
+			return s.letGo(id, "gc: unknown to the runtime", hold)
 		})
 		if err != nil {
 			errs = append(errs, fmt.Errorf("releasing %v: %w", id, err))

@@ -130,7 +130,16 @@ func (w *Writer) Recover(ctx context.Context, reason string) (*Recovery, error) 
 		if h, ok := held[id]; ok && h.Space == live[id].Space && slices.Equal(addrsOf(h.Leases), addrsOf(live[id].Leases)) {
 			continue
 		}
-		err := drill(func(s *session) error { return s.releaseKeepHolding(id, "recover: not held any more") })
+		err := drill(func(s *session) error {
+			// What it holds instead, if anything, is asserted next: the holding stays.
+			if err := s.release(id, nil, "recover: not held any more", 0); err != nil {
+				return err
+			}
+			if err := s.Dir.Dequeue(id); err != nil {
+				return fmt.Errorf("%w: %w", ErrState, err)
+			}
+			return nil
+		})
 		if err != nil {
 			return out, fmt.Errorf("releasing %v: %w", id, err)
 		}
@@ -239,17 +248,6 @@ func (s *session) liveAttachments() (map[keyspace.AttachmentID]keyspace.Attachme
 		out[key.Attachment] = a
 	}
 	return out, nil
-}
-
-// releaseKeepHolding releases in etcd alone: what the node holds is asserted next.
-func (s *session) releaseKeepHolding(id keyspace.AttachmentID, reason string) error {
-	if err := s.release(id, reason, 0); err != nil {
-		return err
-	}
-	if err := s.Dir.Dequeue(id); err != nil {
-		return fmt.Errorf("%w: %w", ErrState, err)
-	}
-	return nil
 }
 
 func sortedIDs(m map[keyspace.AttachmentID]keyspace.Attachment) []keyspace.AttachmentID {

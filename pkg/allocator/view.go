@@ -38,6 +38,8 @@ const tailPage = 64
 // look takes a view. A serializable one that fails its checks may only lag, so
 // it is taken again.
 func (s *session) look(serializable bool, gets ...Get) (*view, error) {
+	// Who opens a chain takes cluster and epoch from the view, for good.
+	serializable = serializable && s.mark != nil && s.mark.Seq > 0
 	v, err := s.lookOnce(serializable, gets)
 	if err != nil && serializable {
 		v, err = s.lookOnce(false, gets)
@@ -164,7 +166,11 @@ func (s *session) lateOperator(v *view) bool {
 // checkChain is whether our chain is where we left it, or further by our own
 // commits. It moves the mark to the head.
 func (s *session) checkChain(v *view, tail Range) error {
+	anew := v.writer != nil && !v.writer.Closed.IsZero() && (s.mark == nil || s.broken != nil || s.mark.Chain == v.writer.Chain)
 	if s.restored {
+		if anew && (s.mark == nil || s.broken != nil) {
+			return s.startAnew(v)
+		}
 		return s.broken
 	}
 	if s.mark != nil && s.mark.Seq > 0 {
@@ -182,7 +188,7 @@ func (s *session) checkChain(v *view, tail Range) error {
 		}
 		return s.broken
 	}
-	if !v.writer.Closed.IsZero() && (s.mark == nil || s.broken != nil || s.mark.Chain == v.writer.Chain) {
+	if anew {
 		// An operator said that this writer may start anew.
 		if v.serializable {
 			return errors.New("must be read again, linearizable")

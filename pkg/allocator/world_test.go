@@ -27,6 +27,16 @@ type world struct {
 	clock time.Time
 	drop  func(Compare) bool
 	step  func(string)
+	seed  uint64 // of the nodes' random choices
+}
+
+// random is splitmix64, so that a failure can be repeated.
+func (w *world) random() uint64 {
+	w.seed += 0x9e3779b97f4a7c15
+	z := w.seed
+	z = (z ^ z>>30) * 0xbf58476d1ce4e5b9
+	z = (z ^ z>>27) * 0x94d049bb133111eb
+	return z ^ z>>31
 }
 
 // machine is a host with a state directory.
@@ -66,7 +76,8 @@ func (m *machine) writer() *Writer {
 	w, err := NewWriter(Config{
 		Writer: m.who, Store: m.conn, Dir: dir, Keys: testKeys, Machine: m.id, Boot: fmt.Sprint("boot-", m.boot),
 		Now:     func() time.Time { m.w.clock = m.w.clock.Add(time.Millisecond); return m.w.clock },
-		Timeout: 300 * time.Millisecond, LockTimeout: time.Second,
+		Random:  m.w.random,
+		Timeout: m.timeout(), LockTimeout: 10 * time.Second,
 	})
 	if err != nil {
 		panic(err)
@@ -75,6 +86,14 @@ func (m *machine) writer() *Writer {
 		w.step = m.w.step
 	}
 	return w
+}
+
+// timeout is long, as nothing but a deaf etcd is waited for.
+func (m *machine) timeout() time.Duration {
+	if m.conn.next == deafReads {
+		return 20 * time.Millisecond
+	}
+	return 20 * time.Second
 }
 
 // errKilled says that the process did not live to answer.

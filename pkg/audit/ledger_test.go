@@ -34,6 +34,7 @@ type ledger struct {
 	held    map[string]*lease // attachment -> what it holds
 	freed   map[string]entry.Ref
 	cheap   bool // sign with nonsense what is neither checked nor a tip
+	pod     string
 }
 
 type testWriter struct {
@@ -63,7 +64,7 @@ func newLedger(t testing.TB) *ledger {
 	return &ledger{
 		t: t, keys: keys, rev: 100, kv: map[string]*Record{}, writers: map[string]*testWriter{},
 		cluster: testCluster, etcd: "cafe00000000beef", epoch: 1, now: time.Date(2026, 11, 20, 14, 0, 0, 123456789, time.UTC),
-		held: map[string]*lease{}, freed: map[string]entry.Ref{},
+		held: map[string]*lease{}, freed: map[string]entry.Ref{}, pod: "shop/cart-7d9f",
 	}
 }
 
@@ -277,7 +278,7 @@ func (l *ledger) acquire(w *testWriter, a keyspace.AttachmentID, ips ...string) 
 func (l *ledger) acquireIn(w *testWriter, a keyspace.AttachmentID, blocks []netip.Prefix, ips ...string) entry.Ref {
 	e := &entry.Entry{
 		Op: entry.Acquire, Space: "default", Pool: "prod", Blocks: blocks,
-		Node: a.Node, Network: a.Network, Container: a.Container, Interface: a.Interface, Pod: "shop/cart \"7\"", PodUID: "u-" + a.Container,
+		Node: a.Node, Network: a.Network, Container: a.Container, Interface: a.Interface, Pod: l.pod, PodUID: "u-" + a.Container,
 	}
 	h := &lease{att: a, space: e.Space, pool: e.Pool}
 	for _, s := range ips {
@@ -387,6 +388,7 @@ func story(t testing.TB) *ledger {
 	l.acquireIn(a, att("a", "c1"), []netip.Prefix{netip.MustParsePrefix("10.22.7.0/26")}, "10.22.7.2")
 	l.acquire(a, att("a", "c2"), "10.22.7.3", "fd00::3")
 	l.block(entry.Claim, b, "b", netip.MustParsePrefix("10.22.7.64/26"))
+	l.pod = "shop/\"cart\" & more" // legal, and JSON escapes it
 	l.acquire(b, att("b", "c3"), "10.22.7.66")
 	l.release(a, att("a", "c1"), 0)
 	l.acquire(b, att("b", "c4"), "10.22.7.2") // borrowed
@@ -431,4 +433,13 @@ func show(t testing.TB, r *Report) {
 		t.Fatal(err)
 	}
 	t.Log("\n" + b.String())
+}
+
+// noteOf signs any text with a writer's key.
+func noteOf(t testing.TB, w *testWriter, text string) []byte {
+	b, err := note.Sign(&note.Note{Text: text}, w.signer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
 }

@@ -76,7 +76,7 @@ type moved struct {
 	want  map[place]entry.Hash
 }
 
-const maxMoved = 1 << 14
+var maxMoved = 1 << 14
 
 type place struct {
 	chain entry.ChainID
@@ -93,26 +93,27 @@ type writer struct {
 }
 
 type chain struct {
-	id           entry.ChainID
-	w            *writer
-	before       *chain // the writer's chain before this one
-	seq          uint64
-	hash         entry.Hash
-	stored       []byte // of seq
-	sigOf        entry.Signature
-	parsed       bool // stored parsed
-	lastIsRotate bool // seq is signed by the key before the one in force
-	linked       bool // seq's content belongs at seq, so that the next entry's prev can be judged
-	mod          int64
-	rev          int64
-	time         int64
-	skewed       bool
+	id     entry.ChainID
+	w      *writer
+	before *chain // the writer's chain before this one
+	seq    uint64
+	hash   entry.Hash
+	stored []byte // of seq
+	sigOf  entry.Signature
+	parsed bool   // stored parsed
+	signed uint64 // the last entry whose signature was asked for
+	linked bool   // seq's content belongs at seq, so that the next entry's prev can be judged
+	mod    int64
+	rev    int64
+	time   int64
+	skewed bool
 
 	epoch    uint64
 	key      note.Verifier
 	keyText  string
 	keys     []note.Verifier
 	trusted  bool
+	unsure   bool // something is gone or unreadable: a rotation may have been
 	closed   bool
 	ended    bool // a later chain names this one
 	stale    bool // reported
@@ -282,6 +283,9 @@ func (m *moved) arrange() {
 		p := place{it.chain, it.seq}
 		m.late[p] = append(m.late[p], it)
 		m.want[p] = entry.Hash{}
+		if it.err == nil {
+			m.want[place{it.chain, it.e.Seq}] = entry.Hash{}
+		}
 	}
 	sort.SliceStable(m.early, func(i, j int) bool { return m.early[i].create < m.early[j].create })
 }
@@ -384,6 +388,11 @@ func (r *replay) entry(b *batch, it *item) {
 		r.report(b, it, c, r.finding(LeasedKey, it, "etcd lease %x is attached: the entry would vanish with it", it.lease))
 	}
 
+	if c.key != nil && (c.unsure || it.seq > c.seq+1) && it.e.Signature.Name == c.w.name && it.e.Signature.KeyID != c.key.KeyHash() {
+		// A rotation may be among what is gone, which is a finding already. What
+		// follows is signed with a key that nothing vouches for.
+		c.key, c.unsure = nil, false
+	}
 	if it.seq > c.seq+1 {
 		c.missing = append(c.missing, seqRange{c.seq + 1, it.seq - 1})
 		f := r.finding(Missing, it, "%s", gone(c.seq+1, it.seq-1))
@@ -392,7 +401,7 @@ func (r *replay) entry(b *batch, it *item) {
 			have = fmt.Sprintf("%d, %d", c.seq, it.seq)
 		}
 		r.report(b, it, c, with(f, fmt.Sprintf("seq %d", c.seq+1), "seq "+have))
-		c.linked = false
+		c.linked, c.unsure = false, true
 	} else if it.seq <= c.seq {
 		r.report(b, it, c, r.finding(Order, it, "it comes after seq %d of its chain", c.seq))
 		return
@@ -411,6 +420,7 @@ func (r *replay) entry(b *batch, it *item) {
 		}
 		r.log.add(r.finding(code, it, "%v", it.err))
 		r.advance(c, it, false, true)
+		c.unsure = true
 		return
 	}
 	e := &it.e
@@ -520,7 +530,6 @@ func (r *replay) advance(c *chain, it *item, linked, odd bool) {
 	c.stored = append(c.stored[:0], it.val...)
 	c.parsed = it.err == nil || errors.Is(it.err, entry.ErrVersion)
 	c.sigOf = it.e.Signature
-	c.lastIsRotate = it.err == nil && it.e.Op == entry.Rotate
 	if c.parsed {
 		c.sigOf.Name = c.w.name
 		if it.e.Signature.Name != c.w.name {
@@ -545,7 +554,7 @@ func (r *replay) link(b *batch, c *chain, it *item) {
 		return slices.ContainsFunc(c.keys, func(k note.Verifier) bool { return holds(stored, s, k, c.w.name) })
 	}
 	switch {
-	case len(c.keys) == 0:
+	case c.key == nil:
 		r.log.add(with(r.finding(HashMismatch, it, "it names other bytes than entry %d has; without the chain's key it cannot be told which was changed", c.seq),
 			c.hash.String(), it.e.Prev.String()))
 	case !c.parsed || !names(c.stored, &c.sigOf):
@@ -557,7 +566,7 @@ func (r *replay) link(b *batch, c *chain, it *item) {
 		}
 		before(HashMismatch, fmt.Sprintf("its bytes are not those that entry %d names, and its signature does not hold: it was changed", it.seq), it.e.Prev.String(), c.hash.String())
 		if c.parsed {
-			before(BadSignature, notInForce, keyName(c.key), sigName(&c.sigOf))
+			before(BadSignature, notInForce, keyName(c.key), sigGot(&c.sigOf, c.key))
 		}
 	case !names(it.val, &it.e.Signature):
 		r.report(b, it, c, with(r.finding(HashMismatch, it, "it names other bytes than entry %d has, and its signature does not hold: it was changed", c.seq),
@@ -584,6 +593,14 @@ func sigName(s *entry.Signature) string {
 	return fmt.Sprintf("%s+%08x", s.Name, s.KeyID)
 }
 
+// sigGot says whose signature there is where key's should be.
+func sigGot(s *entry.Signature, key note.Verifier) string {
+	if got := sigName(s); got != keyName(key) {
+		return got
+	}
+	return "its signature over other bytes"
+}
+
 // holds is whether a signature is that of a writer's key over stored bytes.
 func holds(stored []byte, s *entry.Signature, key note.Verifier, name string) bool {
 	return s.Name == name && s.KeyID == key.KeyHash() && key.Verify(signedText(stored), s.Bytes[:])
@@ -599,6 +616,7 @@ func (r *replay) sign(b *batch, it *item, c *chain) {
 		return
 	}
 	b.sigs = append(b.sigs, sigTask{it, c.key})
+	c.signed = it.seq
 }
 
 // Clocks are never trusted; these are what a warning takes.
@@ -713,9 +731,9 @@ func (r *replay) open(b *batch, c *chain, it *item) {
 			r.report(b, it, c, with(r.finding(UntrustedKey, it, "the chain is opened with a key that is not among the trusted ones"), "a key of the key file", c.keyText))
 		}
 	}
-	// An operator's chain of the next epoch opens before the meta entry that
+	// An operator's chain of a later epoch opens before the meta entry that
 	// starts it; nobody else's does.
-	if e.Epoch < r.meta.epoch || e.Epoch > r.meta.epoch+1 || e.Epoch > r.meta.epoch && c.w.kind != entry.KindOperator {
+	if e.Epoch < r.meta.epoch || e.Epoch > r.meta.epoch && c.w.kind != entry.KindOperator {
 		r.report(b, it, c, with(r.finding(StaleEpoch, it, "the chain is opened in another epoch than the cluster's"), fmt.Sprintf("epoch %d", r.meta.epoch), fmt.Sprintf("epoch %d", e.Epoch)))
 	}
 
@@ -979,12 +997,16 @@ func (r *replay) release(b *batch, c *chain, it *item) {
 	space := r.intern(&c.names[0], e.Space)
 	pool := r.intern(&c.names[1], e.Pool)
 	key := r.attKey(e)
-	i := r.findAtt(key, maphash.Bytes(r.seed, key))
 	ids := r.ids[:0]
 	for n := range e.Addresses {
 		ids = append(ids, r.addr(space, e.Addresses[n].IP))
 	}
 	r.ids = ids
+	// The address knows who holds it, which is nearly always who releases it.
+	i := r.addrs[ids[0]].att
+	if a := &r.atts[i]; i == 0 || !a.live || !bytes.Equal(a.key, key) {
+		i = r.findAtt(key, maphash.Bytes(r.seed, key))
+	}
 	switch {
 	case i == 0:
 		r.judge(b, it, c, with(r.finding(ReleaseNoHold, it, "attachment %s holds nothing", key), "an open acquire", e.Acquire.String()))

@@ -98,13 +98,9 @@ func (l *findings) checkSig(it *item, key note.Verifier) {
 	if holds(it.val, &it.e.Signature, key, key.Name()) {
 		return
 	}
-	got := sigName(&it.e.Signature)
-	if got == keyName(key) {
-		got += ", over other bytes"
-	}
 	l.add(&Finding{
 		Code: BadSignature, Where: it.key, Writer: it.writer, Chain: it.chain.String(), Seq: it.seq, Revision: it.mod, order: it.ord,
-		Detail: notInForce, Want: keyName(key), Got: got,
+		Detail: notInForce, Want: keyName(key), Got: sigGot(&it.e.Signature, key),
 	})
 }
 
@@ -206,7 +202,7 @@ func (r *replay) checkTips(workers int) {
 				if !holds(c.stored, &c.sigOf, c.key, c.w.name) {
 					r.log.add(&Finding{
 						Code: BadSignature, Where: c.keyOf(c.seq), Writer: c.w.name, Chain: c.id.String(), Seq: c.seq, Revision: c.mod,
-						Detail: "the chain's last entry is not signed by the key in force", Want: keyName(c.key), Got: sigName(&c.sigOf),
+						Detail: "the chain's last entry is not signed by the key in force", Want: keyName(c.key), Got: sigGot(&c.sigOf, c.key),
 						order: math.MaxInt64,
 					})
 				}
@@ -214,7 +210,7 @@ func (r *replay) checkTips(workers int) {
 		})
 	}
 	for _, c := range r.chains {
-		if c.key != nil && c.parsed && !c.lastIsRotate {
+		if c.key != nil && c.parsed && c.signed != c.seq {
 			tips <- c
 		}
 	}

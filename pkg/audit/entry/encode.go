@@ -64,7 +64,7 @@ func bits(ff ...field) (b uint32) {
 
 var holder = bits(fSpace, fPool, fAddress, fNetwork, fContainer, fInterface, fNode)
 
-var shapes = map[Op]shape{
+var shapes = map[Op]*shape{
 	Open:    {bits(fWriter, fKey, fCluster, fEpoch), bits(fPredecessor, fMark, fReason)},
 	Rotate:  {bits(fKey), bits(fReason)},
 	Close:   {bits(fWriter, fCloses), bits(fReason)},
@@ -182,10 +182,8 @@ func (e *Entry) appendText(dst []byte) []byte {
 // appendQuoted is strconv.AppendQuoteToASCII with a short cut for text that
 // needs no escape.
 func appendQuoted(dst []byte, s string) []byte {
-	for i := range len(s) {
-		if c := s[i]; c < 0x20 || c >= 0x7f || c == '"' || c == '\\' {
-			return strconv.AppendQuoteToASCII(dst, s)
-		}
+	if !plainText(s) {
+		return strconv.AppendQuoteToASCII(dst, s)
 	}
 	dst = append(dst, '"')
 	dst = append(dst, s...)
@@ -437,15 +435,39 @@ func (e *Entry) validateFields(has uint32) error {
 // that holds the signature alone, for a version it does not know.
 func Parse(stored []byte) (*Entry, error) {
 	e := new(Entry)
-	err := parse(string(stored), e)
+	s := string(stored)
+	err := parse(s, e)
 	if err != nil && !errors.Is(err, ErrVersion) {
+		return nil, err
+	}
+	if err := e.respell(s); err != nil {
 		return nil, err
 	}
 	return e, err
 }
 
+// respell writes the entry again and compares. parse has refused every other
+// spelling already, field by field; this is the proof of it, and what a fuzz
+// test holds ParseInto against.
+func (e *Entry) respell(s string) error {
+	buf := scratch.Get().(*[]byte)
+	defer scratch.Put(buf)
+	out := e.appendText((*buf)[:0])
+	out = e.Signature.append(out)
+	*buf = out
+	if string(out) != s {
+		i := 0
+		for i < len(out) && i < len(s) && out[i] == s[i] {
+			i++
+		}
+		return fmt.Errorf("byte %d is not as this entry is spelled", i)
+	}
+	return nil
+}
+
 // ParseInto is Parse into an Entry of the caller's, whose slices it reuses; the
-// entry's strings share stored's memory. For readers of millions.
+// entry's strings share stored's memory. It refuses what Parse refuses, and does
+// not prove it by writing the entry again. For readers of millions.
 func ParseInto(stored string, e *Entry) error { return parse(stored, e) }
 
 var scratch = sync.Pool{New: func() any { b := make([]byte, 0, 2048); return &b }}
@@ -468,23 +490,14 @@ func parse(s string, e *Entry) error {
 			first, _, _ := strings.Cut(text, "\n")
 			return fmt.Errorf("first line is %.80q, want %q", first, Header)
 		}
+		if strings.Contains(text, "\n\n") {
+			return errors.New("a blank line stands in the text")
+		}
 		newer, e.unknown, e.raw = true, true, text
 	} else if err := e.parseText(text); err != nil {
 		return err
 	}
 
-	buf := scratch.Get().(*[]byte)
-	defer scratch.Put(buf)
-	out := e.appendText((*buf)[:0])
-	out = e.Signature.append(out)
-	*buf = out
-	if string(out) != s {
-		i := 0
-		for i < len(out) && i < len(s) && out[i] == s[i] {
-			i++
-		}
-		return fmt.Errorf("byte %d is not as this entry is spelled", i)
-	}
 	if newer {
 		return ErrVersion
 	}
@@ -494,6 +507,13 @@ func parse(s string, e *Entry) error {
 // cutText splits at the blank line. The text has no blank line of its own, as
 // every line of it is "key value".
 func cutText(s string) (text, rest string, ok bool) {
+	// What follows the key's name has a fixed length, so that the blank line is
+	// near. parseText refuses blank lines before it.
+	if at := len(s) - len(" \n") - signatureLen; at > 0 {
+		if i := strings.LastIndexByte(s[:at], '\n'); i > 0 && s[i-1] == '\n' {
+			return s[:i], s[i+1:], true
+		}
+	}
 	i := strings.Index(s, "\n\n")
 	if i < 0 {
 		return "", "", false
@@ -501,17 +521,24 @@ func cutText(s string) (text, rest string, ok bool) {
 	return s[:i+1], s[i+2:], true
 }
 
+// signatureLen is the length of the base64 of key ID and signature.
+const signatureLen = 92
+
+// strictBase64 refuses bits that no byte needs. Line breaks, which it skips, make
+// the value too short.
+var strictBase64 = base64.StdEncoding.Strict()
+
 func (s *Signature) parse(line string) error {
 	name, ok := strings.CutPrefix(line, sigPrefix)
 	if !ok {
 		return fmt.Errorf("signature line %.80q does not start with %q", line, sigPrefix)
 	}
 	name, b64, ok := strings.Cut(name, " ")
-	if !ok || len(b64) != 93 || b64[92] != '\n' {
+	if !ok || len(b64) != signatureLen+1 || b64[signatureLen] != '\n' {
 		return errors.New("signature line is not \"— name base64\" with 68 bytes, or more follows it")
 	}
 	var raw [69]byte
-	n, err := base64.StdEncoding.Decode(raw[:], []byte(b64[:92]))
+	n, err := strictBase64.Decode(raw[:], []byte(b64[:signatureLen]))
 	if err != nil || n != 68 {
 		return fmt.Errorf("signature is not the base64 of 68 bytes")
 	}
@@ -534,7 +561,7 @@ func (s *Signature) parse(line string) error {
 // reader walks the lines of a text.
 type reader struct{ rest string }
 
-// peek returns the key of the next line, "" at the end.
+// next returns the next line's key and value.
 func (r *reader) next() (key, value string, err error) {
 	i := strings.IndexByte(r.rest, '\n')
 	if i < 0 {
@@ -548,15 +575,29 @@ func (r *reader) next() (key, value string, err error) {
 	return key, value, nil
 }
 
+// value returns the value of the next line if key is its key.
+func (r *reader) value(key string) (value string, ok bool) {
+	n := len(key) + 1
+	if len(r.rest) <= n || r.rest[n-1] != ' ' || r.rest[:n-1] != key {
+		return "", false
+	}
+	i := strings.IndexByte(r.rest[n:], '\n')
+	if i <= 0 {
+		return "", false
+	}
+	value, r.rest = r.rest[n:n+i], r.rest[n+i+1:]
+	return value, true
+}
+
 func (r *reader) want(key string) (string, error) {
-	k, v, err := r.next()
+	if v, ok := r.value(key); ok {
+		return v, nil
+	}
+	k, _, err := r.next()
 	if err != nil {
 		return "", fmt.Errorf("%s: %w", key, err)
 	}
-	if k != key {
-		return "", fmt.Errorf("line %.40q where %s is due", k, key)
-	}
-	return v, nil
+	return "", fmt.Errorf("line %.40q where %s is due", k, key)
 }
 
 func (e *Entry) parseText(text string) error {
@@ -610,24 +651,32 @@ func (e *Entry) parseText(text string) error {
 		e.unknown, e.raw = true, text
 		return nil
 	}
-	at := field(0)
+	at, seen := field(0), uint32(0)
 	for r.rest != "" {
-		k, v, err := r.next()
-		if err != nil {
-			return err
+		v, ok := "", false
+		for ; at < fieldCount; at++ {
+			if v, ok = r.value(keys[at]); ok {
+				break
+			}
 		}
-		for at < fieldCount && keys[at] != k {
-			at++
-		}
-		if at == fieldCount {
+		if !ok {
+			k, _, err := r.next()
+			if err != nil {
+				return err
+			}
 			return fmt.Errorf("line %.40q is unknown or out of order", k)
 		}
 		if err := e.parseField(at, v); err != nil {
 			return err
 		}
+		seen |= 1 << at
 		if at != fBlock && at != fAddress {
 			at++
 		}
+	}
+	// A line that says nothing is one that is not written.
+	if empty := seen &^ e.fields(); empty != 0 {
+		return fmt.Errorf("%s is zero: leave the line out", fieldNames(empty))
 	}
 	return e.validate()
 }
@@ -663,6 +712,10 @@ func (e *Entry) parseField(f field, v string) (err error) {
 	case fBlock:
 		var p netip.Prefix
 		if p, err = netip.ParsePrefix(v); err == nil {
+			var b [64]byte
+			if string(p.AppendTo(b[:0])) != v {
+				return fmt.Errorf("block %q: it is spelled %v", v, p)
+			}
 			e.Blocks = append(e.Blocks, p)
 		}
 	case fAddress:
@@ -698,6 +751,10 @@ func (e *Entry) parseAddress(v string) error {
 	if err != nil {
 		return fmt.Errorf("address %.200q: %w", v, err)
 	}
+	var b [64]byte
+	if !addr.Is4() && string(addr.AppendTo(b[:0])) != ip { // an IPv4 address has one spelling
+		return fmt.Errorf("address %q: it is spelled %v", ip, addr)
+	}
 	a := Address{IP: addr}
 	if follows {
 		ref, ok := strings.CutPrefix(after, "after ")
@@ -708,6 +765,9 @@ func (e *Entry) parseAddress(v string) error {
 			if a.After, err = ParseRef(ref); err != nil {
 				return err
 			}
+			if a.After.IsZero() {
+				return fmt.Errorf("address %.200q: no release is spelled -", v)
+			}
 		}
 	}
 	e.Addresses = append(e.Addresses, a)
@@ -715,11 +775,11 @@ func (e *Entry) parseAddress(v string) error {
 }
 
 func unquote(key, v string) (string, error) {
-	if len(v) >= 2 && v[0] == '"' && v[len(v)-1] == '"' && strings.IndexByte(v, '\\') < 0 && strings.IndexByte(v[1:len(v)-1], '"') < 0 {
+	if len(v) >= 2 && v[0] == '"' && v[len(v)-1] == '"' && plainText(v[1:len(v)-1]) {
 		v = v[1 : len(v)-1]
 	} else {
 		s, err := strconv.Unquote(v)
-		if err != nil || v[0] != '"' {
+		if err != nil || strconv.QuoteToASCII(s) != v {
 			return "", fmt.Errorf("%s %.80q is not quoted text", key, v)
 		}
 		v = s
@@ -728,6 +788,16 @@ func unquote(key, v string) (string, error) {
 		return "", fmt.Errorf("%s is empty: leave the line out", key)
 	}
 	return v, nil
+}
+
+// plainText is whether quoting changes nothing.
+func plainText(s string) bool {
+	for i := range len(s) {
+		if c := s[i]; c < 0x20 || c >= 0x7f || c == '"' || c == '\\' {
+			return false
+		}
+	}
+	return true
 }
 
 func parseUint(s, what string) (uint64, error) {
@@ -754,11 +824,11 @@ func parseTime(s string) (time.Time, error) {
 		}
 		return n
 	}
-	// A date that does not exist is normalised here and fails the re-encoding.
-	t := time.Date(num(0, 4), time.Month(num(5, 7)), num(8, 10), num(11, 13), num(14, 16), num(17, 19), num(20, 29), time.UTC)
-	if bad {
+	y, mo, d, h, mi, sec, ns := num(0, 4), num(5, 7), num(8, 10), num(11, 13), num(14, 16), num(17, 19), num(20, 29)
+	if bad || mo < 1 || mo > 12 || d < 1 || d > 28 && d > daysIn(y, mo) || h > 23 || mi > 59 || sec > 59 {
 		return time.Time{}, fmt.Errorf("time %.40q: want %s", s, timeLayout)
 	}
-	return t, nil
+	return time.Date(y, time.Month(mo), d, h, mi, sec, ns, time.UTC), nil
 }
 
+func daysIn(y, mo int) int { return time.Date(y, time.Month(mo)+1, 0, 0, 0, 0, 0, time.UTC).Day() }

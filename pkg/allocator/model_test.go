@@ -1,0 +1,662 @@
+package allocator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"pgregory.net/rapid"
+
+	"github.com/ipam-ledger/ipam-ledger/pkg/audit/entry"
+	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
+	"github.com/ipam-ledger/ipam-ledger/pkg/statedir"
+)
+
+// The model is a plain map: what each runtime was told its pods have. Whatever
+// faults are drawn, an address that one runtime was told may not be told to
+// another, and when all pods are gone, all addresses are free.
+
+type model struct {
+	t     *rapid.T
+	w     *world
+	pools []*Pool
+	told  map[keyspace.AttachmentID][]netip.Addr
+	// gone are attachments whose DEL is owed: an ADD failed, or the machine
+	// lost power. Runtimes call DEL for them, sooner or later.
+	gone   map[keyspace.AttachmentID]bool
+	frozen bool
+	next   int
+	// restored counts drills that are due: nothing may be allocated meanwhile.
+	restored bool
+}
+
+func (m *model) machineOf(id keyspace.AttachmentID) *machine {
+	i := slices.IndexFunc(m.w.nodes, func(n *machine) bool { return n.who.Name == id.Node })
+	return m.w.nodes[i]
+}
+
+// draw arms a fault, a lag and an interleaving for the next call on a machine.
+func (m *model) draw(n *machine) {
+	n.reconnect()
+	n.conn.lag = rapid.SampledFrom([]int{0, 0, 1, 3, 20}).Draw(m.t, "lag")
+	n.conn.next = fault(rapid.SampledFrom([]int{0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8}).Draw(m.t, "fault"))
+	m.w.step = nil
+	if at := rapid.SampledFrom([]string{"", "", "", "", "enrolled", "begun", "answered", "marked", "settled"}).Draw(m.t, "kill"); at != "" {
+		m.w.step = func(s string) {
+			if s == at {
+				panic(killed{})
+			}
+		}
+	}
+	if rapid.IntRange(0, 3).Draw(m.t, "interleave") == 0 && len(m.w.nodes) > 1 {
+		other := m.w.nodes[rapid.IntRange(0, len(m.w.nodes)-1).Draw(m.t, "other")]
+		if other != n {
+			c := m.container()
+			n.conn.between = func() {
+				step := m.w.step
+				m.w.step = nil
+				defer func() { m.w.step = step }()
+				m.noteAdd(other, c, func() ([]netip.Addr, error) { return other.add(m.pools[0], c) })
+			}
+		}
+	}
+}
+
+func (m *model) container() string {
+	m.next++
+	return fmt.Sprintf("c%d", m.next)
+}
+
+// noteAdd runs an ADD and takes its answer into the model.
+func (m *model) noteAdd(n *machine, c string, add func() ([]netip.Addr, error)) {
+	id := n.attachment(c)
+	ips, err := add()
+	switch {
+	case err != nil:
+		if _, ok := m.told[id]; !ok {
+			m.gone[id] = true // the runtime will DEL
+		}
+		return
+	case m.restored:
+		m.t.Fatalf("%v was given %v by an etcd that went back in time", id, ips)
+	case m.frozen:
+		if had, ok := m.told[id]; !ok || !slices.Equal(had, ips) {
+			m.t.Fatalf("%v was given %v by a frozen ledger", id, ips)
+		}
+	}
+	if had, ok := m.told[id]; ok && !slices.Equal(had, ips) {
+		m.t.Fatalf("%v had %v and was then told %v", id, had, ips)
+	}
+	for other, held := range m.told {
+		for _, ip := range ips {
+			if other != id && slices.Contains(held, ip) {
+				m.t.Fatalf("%v is held by %v and was given to %v", ip, other, id)
+			}
+		}
+	}
+	delete(m.gone, id)
+	m.told[id] = ips
+}
+
+func (m *model) pick(from map[keyspace.AttachmentID]bool) (keyspace.AttachmentID, bool) {
+	ids := slices.SortedFunc(maps.Keys(from), func(a, b keyspace.AttachmentID) int { return strings.Compare(a.String(), b.String()) })
+	if len(ids) == 0 {
+		return keyspace.AttachmentID{}, false
+	}
+	return ids[rapid.IntRange(0, len(ids)-1).Draw(m.t, "attachment")], true
+}
+
+func (m *model) live() map[keyspace.AttachmentID]bool {
+	out := map[keyspace.AttachmentID]bool{}
+	for id := range m.told {
+		out[id] = true
+	}
+	for id := range m.gone {
+		out[id] = true
+	}
+	return out
+}
+
+func (m *model) node() *machine {
+	return m.w.nodes[rapid.IntRange(0, len(m.w.nodes)-1).Draw(m.t, "node")]
+}
+
+func (m *model) pool() *Pool { return rapid.SampledFrom(m.pools).Draw(m.t, "pool") }
+
+func (m *model) add() {
+	n, p := m.node(), m.pool()
+	m.draw(n)
+	c := m.container()
+	m.noteAdd(n, c, func() ([]netip.Addr, error) { return n.add(p, c) })
+}
+
+func (m *model) addAgain() {
+	ids := map[keyspace.AttachmentID]bool{}
+	for id := range m.told {
+		ids[id] = true
+	}
+	id, ok := m.pick(ids)
+	if !ok {
+		return
+	}
+	n := m.machineOf(id)
+	// Only without faults: an ADD that fails says that the pod is gone.
+	n.reconnect()
+	m.w.step = nil
+	n.conn.lag = rapid.IntRange(0, 5).Draw(m.t, "lag")
+	m.noteAdd(n, id.Container, func() ([]netip.Addr, error) { return n.add(m.pools[0], id.Container) })
+}
+
+func (m *model) addRequested() {
+	n, p := m.node(), m.pools[0]
+	m.draw(n)
+	c := m.container()
+	ip := p.Sets[0].segments[0].From()
+	for range rapid.IntRange(0, 6).Draw(m.t, "offset") {
+		ip = ip.Next()
+	}
+	m.noteAdd(n, c, func() ([]netip.Addr, error) { return n.add(p, c, ip) })
+}
+
+func (m *model) del() {
+	id, ok := m.pick(m.live())
+	if !ok {
+		return
+	}
+	n := m.machineOf(id)
+	m.draw(n)
+	if err := n.del(id.Container); err != nil {
+		if !errors.Is(err, errKilled) {
+			m.t.Fatalf("DEL of %v: %v", id, err)
+		}
+		// The runtime calls again; the pod's address may be free already.
+		delete(m.told, id)
+		m.gone[id] = true
+		return
+	}
+	delete(m.told, id)
+	delete(m.gone, id)
+}
+
+func (m *model) check() {
+	ids := map[keyspace.AttachmentID]bool{}
+	for id := range m.told {
+		ids[id] = true
+	}
+	id, ok := m.pick(ids)
+	if !ok || m.restored {
+		return
+	}
+	n := m.machineOf(id)
+	n.reconnect()
+	m.w.step = nil
+	if err := n.run(func(w *Writer) error { return w.Check(context.Background(), id, m.told[id]) }); err != nil {
+		m.t.Fatalf("CHECK of %v: %v", id, err)
+	}
+}
+
+func (m *model) gc() {
+	n := m.node()
+	keep := map[keyspace.AttachmentID]bool{}
+	for id := range m.told {
+		keep[id] = true
+	}
+	m.draw(n)
+	_ = n.run(func(w *Writer) error { _, err := w.GC(context.Background(), "net", keep, 0); return err })
+}
+
+func (m *model) operatorRelease() {
+	ids := map[keyspace.AttachmentID]bool{}
+	for id := range m.told {
+		ids[id] = true
+	}
+	id, ok := m.pick(ids)
+	if !ok || m.restored {
+		return
+	}
+	m.draw(m.w.admin)
+	m.w.admin.conn.between = nil
+	err := m.w.admin.run(func(w *Writer) error { return w.ReleaseLease(context.Background(), id, "test") })
+	// Operators release what is not there any more; whether or not this one got
+	// an answer, the pod counts as gone.
+	_ = err
+	delete(m.told, id)
+	m.gone[id] = true
+	// It is not on the node any more either.
+	dir, _ := statedir.Open(m.machineOf(id).dir)
+	if err := dir.Unhold(id); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+func (m *model) unclaim() {
+	state := m.w.store.now()
+	var ids []keyspace.BlockID
+	for k := range state.keys {
+		if key, err := testKeys.Parse(k); err == nil && key.Kind == "blocks" {
+			ids = append(ids, key.Block)
+		}
+	}
+	if len(ids) == 0 || m.restored {
+		return
+	}
+	slices.SortFunc(ids, func(a, b keyspace.BlockID) int { return strings.Compare(a.String(), b.String()) })
+	m.draw(m.w.admin)
+	_ = m.w.admin.run(func(w *Writer) error {
+		return w.Unclaim(context.Background(), rapid.SampledFrom(ids).Draw(m.t, "block"), "test")
+	})
+}
+
+func (m *model) land() { m.w.store.land() }
+
+func (m *model) toggleFreeze() {
+	if m.restored {
+		return
+	}
+	m.draw(m.w.admin)
+	m.w.admin.conn.between = nil
+	if m.frozen {
+		_ = m.w.admin.run(func(w *Writer) error { _, err := w.Thaw(context.Background(), nil, nil, "test"); return err })
+	} else {
+		_ = m.w.admin.run(func(w *Writer) error { _, err := w.Freeze(context.Background(), "test"); return err })
+	}
+	// What it is now, only etcd knows; and a commit under way may change it again.
+	m.w.store.land()
+	m.refreshFrozen()
+}
+
+func (m *model) refreshFrozen() {
+	var meta keyspace.Meta
+	if err := keyspace.Decode(m.w.store.now().keys[testKeys.Meta()].value, &meta); err != nil {
+		m.t.Fatal(err)
+	}
+	m.frozen = meta.State == keyspace.Frozen
+}
+
+// powerLoss: all pods of the node are gone, files that were not synced are old,
+// empty or torn, and what was sent may still land.
+func (m *model) powerLoss() {
+	n := m.node()
+	n.boot++
+	for _, id := range slices.Collect(maps.Keys(m.told)) {
+		if id.Node == n.who.Name {
+			delete(m.told, id)
+			m.gone[id] = true
+		}
+	}
+	for _, name := range []string{"mark", "blocks", "open"} {
+		p := filepath.Join(n.dir, name)
+		b, err := os.ReadFile(p)
+		if err != nil {
+			continue
+		}
+		switch rapid.SampledFrom([]string{"kept", "empty", "torn", "gone"}).Draw(m.t, name) {
+		case "empty":
+			b = nil
+		case "torn":
+			b = b[:len(b)/2]
+		case "gone":
+			if err := os.Remove(p); err != nil {
+				m.t.Fatal(err)
+			}
+			continue
+		}
+		if err := os.WriteFile(p, b, 0o600); err != nil {
+			m.t.Fatal(err)
+		}
+	}
+	holdings, _ := filepath.Glob(filepath.Join(n.dir, "holdings", "*"))
+	for _, p := range holdings {
+		if err := os.Remove(p); err != nil {
+			m.t.Fatal(err)
+		}
+	}
+}
+
+// reimage: the node comes back without its state directory, on another machine
+// ID. It is refused until an operator replaces it.
+func (m *model) reimage() {
+	n := m.node()
+	if m.restored || m.frozen {
+		return
+	}
+	for _, id := range slices.Collect(maps.Keys(m.told)) {
+		if id.Node == n.who.Name {
+			delete(m.told, id)
+			m.gone[id] = true
+		}
+	}
+	// With the state directory its queue is lost: those leases are for GC to find.
+	dir, _ := statedir.Open(n.dir)
+	queue, _ := dir.Queue()
+	for _, q := range queue {
+		m.gone[q.Attachment] = true
+	}
+	m.w.store.land() // a machine that is gone sends nothing more
+	n.boot++
+	n.id += "'"
+	if err := os.RemoveAll(n.dir); err != nil {
+		m.t.Fatal(err)
+	}
+	n.reconnect()
+	m.w.step = nil
+	c := m.container()
+	if value := m.writerOf(n); value != nil && value.Closed.IsZero() {
+		if _, err := n.add(m.pools[0], c); !errors.Is(err, ErrIntegrity) {
+			m.t.Fatalf("a re-imaged node answered %v", err)
+		}
+		m.gone[n.attachment(c)] = true
+	}
+	m.replace(n)
+}
+
+// writerOf is the value of the node's writer key, nil if there is none.
+func (m *model) writerOf(n *machine) *keyspace.Writer {
+	kv, ok := m.w.store.now().keys[testKeys.Writer(n.who)]
+	if !ok {
+		return nil
+	}
+	value := new(keyspace.Writer)
+	if err := keyspace.Decode(kv.value, value); err != nil {
+		m.t.Fatal(err)
+	}
+	return value
+}
+
+func (m *model) replace(n *machine) {
+	m.w.admin.reconnect()
+	m.w.step = nil
+	err := m.w.admin.run(func(w *Writer) error { _, err := w.Replace(context.Background(), n.who, "test"); return err })
+	if err != nil && !errors.Is(err, ErrNotFound) {
+		m.t.Fatalf("replace %v: %v", n.who, err)
+	}
+}
+
+// clone: a copy of the state directory on another machine is refused, harms
+// nobody, and stops nobody.
+func (m *model) clone() {
+	n := m.node()
+	if _, err := os.Stat(filepath.Join(n.dir, "mark")); err != nil || m.restored {
+		return
+	}
+	other := &machine{w: m.w, who: n.who, dir: filepath.Join(m.w.root, "clone-of-"+n.who.Name), id: n.id + "-clone", boot: n.boot}
+	other.reconnect()
+	m.w.step = nil
+	if err := os.RemoveAll(other.dir); err != nil {
+		m.t.Fatal(err)
+	}
+	if err := os.CopyFS(other.dir, os.DirFS(n.dir)); err != nil {
+		m.t.Fatal(err)
+	}
+	dir, _ := statedir.Open(other.dir)
+	mark, _ := dir.LoadMark()
+	if mark == nil {
+		return // a copy of a torn mark: nothing to recognise
+	}
+	if value := m.writerOf(n); value != nil && !value.Closed.IsZero() {
+		return // whoever comes first takes the place
+	}
+	if _, err := other.add(m.pools[0], m.container()); !errors.Is(err, ErrIntegrity) {
+		m.t.Fatalf("a cloned state directory was answered %v", err)
+	}
+}
+
+// restore takes etcd back, and then does the drill.
+func (m *model) restore() {
+	if m.restored {
+		return
+	}
+	w := m.w
+	w.step = nil
+	// A node that allocates nothing notices nothing; let each commit once, so
+	// that there is something to lose for some and nothing for others.
+	depth := rapid.IntRange(1, 12).Draw(m.t, "depth")
+	newCluster := rapid.Bool().Draw(m.t, "newCluster")
+	before := w.store.now()
+	w.store.restore(depth, newCluster)
+	if _, ok := w.store.now().keys[testKeys.Meta()]; !ok {
+		m.t.Fatal("restored to before init")
+	}
+	lost := before.revision > w.store.now().revision
+	if !lost && !newCluster {
+		return
+	}
+	// What nobody can notice before the first node with a newer mark has
+	// contact is said in the documents; here all have contact.
+	noticed := false
+	for _, n := range w.nodes {
+		n.reconnect()
+		c := m.container()
+		err := n.run(func(x *Writer) error { return x.Probe(context.Background()) })
+		_ = err
+		if _, ok := w.store.now().keys[testKeys.Stop(n.who.Name)]; ok {
+			noticed = true
+		}
+		_ = c
+	}
+	m.restored = noticed || newCluster
+	if m.restored {
+		for _, n := range w.nodes { // also those that lost nothing
+			n.reconnect()
+			c := m.container()
+			if _, err := n.add(m.pools[0], c); err == nil {
+				m.t.Fatalf("%v was given an address after a restore that was noticed", n.attachment(c))
+			}
+			m.gone[n.attachment(c)] = true
+		}
+	}
+	m.drill()
+}
+
+// drill is recover start, recover node on each node until no conflict is left,
+// and thaw; each step may be killed and is run again.
+func (m *model) drill() {
+	w, ctx := m.w, context.Background()
+	admin := func(what string, f func(x *Writer) error) {
+		for try := 0; ; try++ {
+			w.admin.reconnect()
+			if try == 0 {
+				m.draw(w.admin)
+				w.admin.conn.between = nil
+			} else {
+				w.step = nil
+			}
+			err := w.admin.run(f)
+			if err == nil {
+				return
+			}
+			if try == 5 {
+				m.t.Fatalf("%s: %v", what, err)
+			}
+		}
+	}
+	w.step = nil
+	epoch := uint64(0)
+	for _, n := range append(slices.Clone(w.nodes), w.admin) {
+		dir, _ := statedir.Open(n.dir)
+		if mark, _ := dir.LoadMark(); mark != nil {
+			epoch = max(epoch, mark.Epoch+1) // each refusal says it
+		}
+	}
+	admin("recover start", func(x *Writer) error { _, err := x.RecoverStart(ctx, epoch, "test"); return err })
+	done := map[string]bool{}
+	var last []any
+	for round := 0; len(done) < len(w.nodes); round++ {
+		if round > 12 {
+			m.t.Fatalf("the drill does not end: %v recovered: %+v", done, last)
+		}
+		for _, n := range w.nodes {
+			n.reconnect()
+			w.step = nil
+			if round == 0 {
+				m.draw(n)
+				n.conn.between = nil
+			}
+			var r *Recovery
+			err := n.run(func(x *Writer) (err error) { r, err = x.Recover(ctx, "test"); return err })
+			if !done[n.who.Name] {
+				last = append(last, n.who.Name, fmt.Sprintf("%+v", r), err)
+			}
+			last = last[max(0, len(last)-6):]
+			switch {
+			case err == nil && r.Done:
+				done[n.who.Name] = true
+			case errors.Is(err, ErrIntegrity) && round > 0:
+				m.replace(n) // its identity was lost before the restore
+			case err != nil && round > 4:
+				m.t.Fatalf("recover %v: %v", n.who, err)
+			}
+		}
+	}
+	var names []string
+	for _, n := range w.nodes {
+		names = append(names, n.who.Name)
+	}
+	admin("thaw", func(x *Writer) error { _, err := x.Thaw(ctx, names, nil, "test"); return err })
+	w.store.land()
+	m.restored = false
+	m.refreshFrozen()
+	if m.frozen {
+		admin("thaw", func(x *Writer) error { _, err := x.Thaw(ctx, names, nil, "test"); return err })
+		m.refreshFrozen()
+	}
+	// Nothing that a pod was told is lost.
+	state := w.store.now()
+	for id, ips := range m.told {
+		for _, ip := range ips {
+			var a keyspace.Address
+			if err := keyspace.Decode(state.keys[testKeys.Address("default", ip)].value, &a); err != nil || a.State != keyspace.Leased || *a.Holder != id {
+				m.t.Fatalf("after the drill %v of %v is %+v (%v)", ip, id, a, err)
+			}
+		}
+	}
+}
+
+// invariants hold after every step.
+func (m *model) invariants(t *rapid.T) {
+	m.w.store.check(t)
+	if m.restored {
+		return
+	}
+	state := m.w.store.now()
+	for id, ips := range m.told {
+		var a keyspace.Attachment
+		kv, ok := state.keys[testKeys.Attachment(id)]
+		if !ok {
+			t.Fatalf("%v was told %v and is not in etcd", id, ips)
+		}
+		if err := keyspace.Decode(kv.value, &a); err != nil || !slices.Equal(addrsOf(a.Leases), ips) {
+			t.Fatalf("%v was told %v and etcd says %v (%v)", id, ips, a.Leases, err)
+		}
+	}
+}
+
+// finish lets all pods go and all faults end: nothing may leak, and no node may
+// be left refused.
+func (m *model) finish() {
+	w, ctx := m.w, context.Background()
+	w.step = nil
+	w.store.land()
+	m.refreshFrozen()
+	if m.frozen {
+		w.admin.reconnect()
+		if err := w.admin.run(func(x *Writer) error { _, err := x.Thaw(ctx, nil, nil, "test"); return err }); err != nil {
+			m.t.Fatalf("thaw: %v", err)
+		}
+	}
+	for id := range m.live() {
+		n := m.machineOf(id)
+		n.reconnect()
+		if err := n.del(id.Container); err != nil {
+			m.t.Fatalf("DEL of %v: %v", id, err)
+		}
+	}
+	for _, n := range w.nodes {
+		n.reconnect()
+		var left int
+		if err := n.run(func(x *Writer) (err error) { left, err = x.Drain(ctx); return err }); err != nil || left > 0 {
+			m.t.Fatalf("%v: %d releases wait on: %v", n.who, left, err)
+		}
+		if pending, _ := n.writer().Dir.Pending(); pending {
+			m.t.Fatalf("%v: a commit's outcome is still not known", n.who)
+		}
+	}
+	w.store.land() // nothing may be left that could still land
+	for k, kv := range w.store.now().keys {
+		key, err := testKeys.Parse(k)
+		if err != nil {
+			m.t.Fatal(err)
+		}
+		var a keyspace.Address
+		switch key.Kind {
+		case "attachments":
+			m.t.Fatalf("%s leaked", k)
+		case "addresses":
+			if err := keyspace.Decode(kv.value, &a); err != nil || a.State != keyspace.Free {
+				m.t.Fatalf("%s leaked: %s", k, kv.value)
+			}
+		}
+	}
+	for _, n := range w.nodes {
+		c := m.container()
+		if _, err := n.add(m.pools[0], c); m.pools[0].Strict && errors.Is(err, ErrExhausted) {
+			continue // the others have all blocks
+		} else if err != nil {
+			m.t.Fatalf("%v cannot allocate after all is well: %v", n.who, err)
+		}
+		if err := n.del(c); err != nil {
+			m.t.Fatal(err)
+		}
+	}
+	w.store.check(m.t)
+}
+
+func TestModel(t *testing.T) {
+	rapid.Check(t, func(rt *rapid.T) {
+		w := newWorld(t, rapid.IntRange(1, 3).Draw(rt, "nodes"))
+		w.seed = rapid.Uint64().Draw(rt, "seed")
+		w.init(t)
+		// The keys that restores may not undo.
+		w.store.history = w.store.history[len(w.store.history)-1:]
+		m := &model{t: rt, w: w, told: map[keyspace.AttachmentID][]netip.Addr{}, gone: map[keyspace.AttachmentID]bool{}}
+		size := rapid.SampledFrom([]int{2, 4}).Draw(rt, "blockSize")
+		small, err := NewPool("default", "net", rangeSets("10.22.0.0/28"), nil, rapid.Bool().Draw(rt, "strict"), size, 0)
+		if err != nil {
+			rt.Fatal(err)
+		}
+		dual, err := NewPool("default", "net", rangeSets("10.22.0.0/28", "fd00::/64"), nil, false, size, 0)
+		if err != nil {
+			rt.Fatal(err)
+		}
+		m.pools = []*Pool{small, dual}
+		rt.Repeat(map[string]func(*rapid.T){
+			"add":             func(*rapid.T) { m.add() },
+			"add2":            func(*rapid.T) { m.add() },
+			"addAgain":        func(*rapid.T) { m.addAgain() },
+			"addRequested":    func(*rapid.T) { m.addRequested() },
+			"del":             func(*rapid.T) { m.del() },
+			"del2":            func(*rapid.T) { m.del() },
+			"check":           func(*rapid.T) { m.check() },
+			"gc":              func(*rapid.T) { m.gc() },
+			"operatorRelease": func(*rapid.T) { m.operatorRelease() },
+			"unclaim":         func(*rapid.T) { m.unclaim() },
+			"land":            func(*rapid.T) { m.land() },
+			"freeze":          func(*rapid.T) { m.toggleFreeze() },
+			"powerLoss":       func(*rapid.T) { m.powerLoss() },
+			"reimage":         func(*rapid.T) { m.reimage() },
+			"clone":           func(*rapid.T) { m.clone() },
+			"restore":         func(*rapid.T) { m.restore() },
+			"":                m.invariants,
+		})
+		m.finish()
+	})
+}
+
+var _ = entry.KindNode
