@@ -174,7 +174,9 @@ func unspell(family, s string) (netip.Addr, error) {
 		}
 		return netip.AddrFrom4(o), nil
 	case family == "6" && len(s) == 39:
-		return netip.ParseAddr(s)
+		if ip, err := netip.ParseAddr(s); err != nil || !ip.Is4In6() {
+			return ip, err
+		}
 	}
 	return netip.Addr{}, fmt.Errorf("address %.60q of family %.10q", s, family)
 }

@@ -19,7 +19,8 @@
 // comes back is harmless: whoever finds another boot than the mark's fences
 // first, and the chain leads from the old mark to the head.
 //
-// All methods but Lock, Contact and Asked expect the lock to be held.
+// All methods expect the lock to be held, but Lock itself, Touch, Since, and
+// Enqueue and Unhold, which a release needs also where the lock cannot be had.
 package statedir
 
 import (

@@ -1,0 +1,155 @@
+package statedir
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/ipam-ledger/ipam-ledger/pkg/audit/entry"
+	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
+)
+
+func open(t *testing.T) *Dir {
+	t.Helper()
+	d, err := Open(filepath.Join(t.TempDir(), "state"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func mark(seq uint64) *Mark {
+	return &Mark{Writer: "node/a", Machine: "m", Cluster: "c", Epoch: 1, Seq: seq, Revision: int64(10 * seq), Boot: "b"}
+}
+
+// TestTornMark: whatever a power loss makes of the file that is not synced, the
+// synced one stands in; where both are gone, nothing is guessed.
+func TestTornMark(t *testing.T) {
+	d := open(t)
+	if m, err := d.LoadMark(); m != nil || err != nil {
+		t.Fatalf("a new directory has mark %v, %v", m, err)
+	}
+	must(t, d.SaveMark(mark(1), true))
+	must(t, d.SaveMark(mark(5), false))
+	whole, err := os.ReadFile(d.file("mark"))
+	must(t, err)
+	for n := range len(whole) {
+		must(t, os.WriteFile(d.file("mark"), whole[:n], 0o600))
+		if m, err := d.LoadMark(); err != nil || m.Seq != 1 {
+			t.Fatalf("torn at %d: %v, %v", n, m, err)
+		}
+	}
+	for i := range whole {
+		b := []byte(string(whole))
+		b[i] ^= 0x20
+		must(t, os.WriteFile(d.file("mark"), b, 0o600))
+		if m, err := d.LoadMark(); err != nil || m.Seq != 1 {
+			t.Fatalf("byte %d flipped: %v, %v", i, m, err)
+		}
+	}
+	must(t, os.WriteFile(d.file("mark"), whole, 0o600))
+	if m, err := d.LoadMark(); err != nil || m.Seq != 5 {
+		t.Fatalf("whole again: %v, %v", m, err)
+	}
+	must(t, os.WriteFile(d.file("mark"), nil, 0o600))
+	must(t, os.WriteFile(d.file("mark.synced"), nil, 0o600))
+	if _, err := d.LoadMark(); !errors.Is(err, ErrTorn) || !strings.Contains(err.Error(), "mark.synced") {
+		t.Fatalf("both torn: %v", err)
+	}
+}
+
+func TestKeyMode(t *testing.T) {
+	d := open(t)
+	if k, err := d.Key(); k != "" || err != nil {
+		t.Fatal(k, err)
+	}
+	must(t, d.SaveKey("secret"))
+	if k, err := d.Key(); k != "secret" || err != nil {
+		t.Fatal(k, err)
+	}
+	must(t, os.Chmod(d.file("key"), 0o640))
+	if _, err := d.Key(); err == nil || !strings.Contains(err.Error(), "chmod 600") {
+		t.Fatalf("got %v", err)
+	}
+}
+
+// TestLock: one at a time, given up at the deadline, and not lost by giving up.
+func TestLock(t *testing.T) {
+	d := open(t)
+	unlock, err := d.Lock(t.Context())
+	must(t, err)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	if _, err := d.Lock(ctx); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), d.file("lock")) {
+		t.Fatalf("got %v", err)
+	}
+	got := make(chan error, 1)
+	go func() {
+		second, err := d.Lock(context.Background())
+		if err == nil {
+			second()
+		}
+		got <- err
+	}()
+	unlock()
+	must(t, <-got)
+}
+
+func TestQueueAndHoldings(t *testing.T) {
+	d := open(t)
+	a := keyspace.AttachmentID{Node: "a", Network: "n", Container: "1", Interface: "eth0"}
+	b := a
+	b.Container = "2"
+	now := time.Date(2026, 11, 20, 14, 0, 0, 0, time.UTC)
+	must(t, d.Enqueue(Queued{Attachment: b, Time: now.Add(time.Second), Reason: "r", Hold: time.Minute}))
+	must(t, d.Enqueue(Queued{Attachment: a, Time: now}))
+	must(t, d.Enqueue(Queued{Attachment: a, Time: now}))
+	q, err := d.Queue()
+	must(t, err)
+	if len(q) != 2 || q[0].Attachment != a || q[1].Attachment != b || q[1].Hold != time.Minute || !d.IsQueued(a) {
+		t.Fatalf("queue is %+v", q)
+	}
+	must(t, d.Dequeue(a))
+	must(t, d.Dequeue(a))
+	if d.IsQueued(a) || !d.IsQueued(b) {
+		t.Fatal("the wrong one was taken off the queue")
+	}
+
+	h := Holding{ID: a, Value: keyspace.Attachment{Space: "default", Pool: "p", Acquire: entry.Ref{Seq: 3}, Leases: []keyspace.Lease{{Address: netip.MustParsePrefix("10.0.0.2/24")}}}}
+	must(t, d.Hold(h))
+	if got := d.Holding(a); got == nil || got.Value.Leases[0] != h.Value.Leases[0] {
+		t.Fatalf("holding is %+v", got)
+	}
+	if d.Holding(b) != nil {
+		t.Fatal("a holding out of nothing")
+	}
+	// A file of a killed process is no holding; a torn one is not passed over.
+	must(t, os.WriteFile(d.file("holdings/x.json.new"), []byte("{"), 0o600))
+	if all, err := d.Holdings(); err != nil || len(all) != 1 {
+		t.Fatalf("%+v, %v", all, err)
+	}
+	must(t, os.WriteFile(d.file("holdings/torn.json"), []byte("{"), 0o600))
+	if all, err := d.Holdings(); err == nil || len(all) != 1 || !strings.Contains(err.Error(), "torn.json") {
+		t.Fatalf("%+v, %v", all, err)
+	}
+}
+
+func TestOpenRefuses(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file")
+	must(t, os.WriteFile(file, nil, 0o600))
+	if _, err := Open(filepath.Join(file, "state")); err == nil || !strings.Contains(err.Error(), file) {
+		t.Fatalf("got %v", err)
+	}
+}
