@@ -94,7 +94,10 @@ func record(kv *mvccpb.KeyValue) audit.Record {
 }
 
 // Entries implements audit.Source. Within a chain, key order is commit order, so
-// chains are merged; etcd itself would sort the whole range for each page.
+// chains are merged; etcd itself would sort the whole range for each page. An
+// entry that was written again, or deleted and put back, has a later revision
+// than those after it: it is taken out of its chain and merged by itself, so that
+// it does not hold up the others.
 func (s *Source) Entries(ctx context.Context, f func(audit.Record) error) error {
 	chains, err := s.chains(ctx)
 	if err != nil {
@@ -104,30 +107,40 @@ func (s *Source) Entries(ctx context.Context, f func(audit.Record) error) error 
 	var h cursors
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	// enter puts a chain into the merge at its next key, if it has one.
+	enter := func(c *cursor) error {
+		for {
+			ok, err := c.advance(ctx)
+			if err != nil || !ok {
+				return err
+			}
+			displaced, err := c.displaced(ctx)
+			if err != nil {
+				return err
+			}
+			if !displaced {
+				heap.Push(&h, c)
+				return nil
+			}
+			heap.Push(&h, &cursor{kvs: c.kvs[:1:1]})
+			c.kvs = c.kvs[1:]
+		}
+	}
 	for _, span := range chains {
 		c := &cursor{source: s, end: span[1], limit: page, next: make(chan fetched, 1)}
 		c.fetch(ctx, span[0])
-		if ok, err := c.advance(ctx); err != nil {
+		if err := enter(c); err != nil {
 			return err
-		} else if ok {
-			h = append(h, c)
 		}
 	}
-	heap.Init(&h)
 	for len(h) > 0 {
-		c := h[0]
+		c := heap.Pop(&h).(*cursor)
 		if err := f(record(c.kvs[0])); err != nil {
 			return err
 		}
 		c.kvs = c.kvs[1:]
-		ok, err := c.advance(ctx)
-		switch {
-		case err != nil:
+		if err := enter(c); err != nil {
 			return err
-		case ok:
-			heap.Fix(&h, 0)
-		default:
-			heap.Pop(&h)
 		}
 	}
 	return nil
@@ -197,6 +210,24 @@ func (c *cursor) advance(ctx context.Context) (bool, error) {
 		c.next = nil
 	}
 	return len(c.kvs) > 0, nil
+}
+
+// displaced reports whether the key to read is later than one after it. Its
+// place in the merge is then its own.
+func (c *cursor) displaced(ctx context.Context) (bool, error) {
+	if c.kvs[0].Version != 1 {
+		return true, nil
+	}
+	if len(c.kvs) == 1 {
+		last := c.kvs[0]
+		c.kvs = nil
+		more, err := c.advance(ctx)
+		c.kvs = append([]*mvccpb.KeyValue{last}, c.kvs...)
+		if err != nil || !more {
+			return false, err
+		}
+	}
+	return c.kvs[1].ModRevision < c.kvs[0].ModRevision, nil
 }
 
 type cursors []*cursor
