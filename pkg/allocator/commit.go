@@ -58,7 +58,7 @@ func (s *session) commit(v *view, c change) ([]entry.Ref, error) {
 		{Key: s.Keys.Meta(), Mod: v.metaMod},
 		{Key: s.Keys.Writer(s.Config.Writer), Mod: v.writerMod},
 	}}
-	if !s.drill {
+	if !s.stopsExempt(v) {
 		txn.If = append(txn.If, Compare{Key: s.Keys.Stops(), End: keyspace.After(s.Keys.Stops())})
 	}
 	var refs []entry.Ref
@@ -164,7 +164,7 @@ func (s *session) enroll(v *view) error {
 			return err
 		}
 	}
-	return s.newMark(v, skey, entry.Ref{})
+	return s.newMark(v, skey, entry.Ref{}, false)
 }
 
 func (s *session) newKey() (string, error) {
@@ -179,14 +179,14 @@ func (s *session) newKey() (string, error) {
 }
 
 // newMark starts a chain: a mark of seq 0 has no entry to miss.
-func (s *session) newMark(v *view, skey string, previous entry.Ref) error {
+func (s *session) newMark(v *view, skey string, previous entry.Ref, recovering bool) error {
 	if err := s.useKey(skey); err != nil {
 		return fmt.Errorf("%w: %w", ErrIntegrity, err)
 	}
 	s.broken = nil
 	return s.saveMark(statedir.Mark{
 		Writer: s.Config.Writer.String(), Machine: s.Machine, Cluster: v.meta.Cluster, EtcdCluster: v.meta.EtcdCluster,
-		Epoch: v.meta.Epoch, Chain: entry.NewChainID(), Revision: v.revision, Previous: previous, Boot: s.Boot,
+		Epoch: v.meta.Epoch, Chain: entry.NewChainID(), Revision: v.revision, Previous: previous, Recovering: recovering, Boot: s.Boot,
 	}, v.revision, true)
 }
 
@@ -198,7 +198,7 @@ func (s *session) startAnew(v *view) error {
 		return err
 	}
 	s.Log.Warn("an operator replaced this writer: a new chain is opened", "closed", v.writer.Closed)
-	return s.newMark(v, skey, entry.Ref{})
+	return s.newMark(v, skey, entry.Ref{}, false)
 }
 
 func (s *session) key() (skey, vkey string, err error) {

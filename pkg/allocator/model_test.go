@@ -209,7 +209,7 @@ func (m *model) gc() {
 		keep[id] = true
 	}
 	m.draw(n)
-	_ = n.run(func(w *Writer) error { _, err := w.GC(context.Background(), "net", keep, 0); return err })
+	_ = n.run(func(w *Writer) error { _, err := w.GC(context.Background(), "net", keep); return err })
 }
 
 func (m *model) operatorRelease() {

@@ -141,7 +141,7 @@ func (s *session) tryAcquire(req *Request, q question, serializable bool) (*keys
 		return nil, err
 	}
 
-	value := keyspace.Attachment{Space: q.pool.Space, Pool: q.pool.Name, Pod: req.Pod, PodUID: req.PodUID}
+	value := keyspace.Attachment{Space: q.pool.Space, Pool: q.pool.Name, Hold: int64(q.pool.Hold / time.Second), Pod: req.Pod, PodUID: req.PodUID}
 	e := &entry.Entry{
 		Op: entry.Acquire, Space: q.pool.Space, Pool: q.pool.Name,
 		Network: req.ID.Network, Container: req.ID.Container, Interface: req.ID.Interface, Node: req.ID.Node,
@@ -281,9 +281,9 @@ func (s *session) namedPool(name string, r Range) (*Pool, int64, error) {
 // Release ends the lease of an attachment. That there is none is success. Where
 // etcd or the ledger does not let it, the release is queued, which is success
 // too: only where that fails does it return an error, ErrState.
-func (w *Writer) Release(ctx context.Context, id keyspace.AttachmentID, reason string, hold time.Duration) error {
+func (w *Writer) Release(ctx context.Context, id keyspace.AttachmentID, reason string) error {
 	err := w.with(ctx, func(s *session) error {
-		if err := s.letGo(id, reason, hold); err != nil {
+		if err := s.letGo(id, reason); err != nil {
 			return err
 		}
 		s.drainSome(keyspace.AttachmentID{})
@@ -293,7 +293,7 @@ func (w *Writer) Release(ctx context.Context, id keyspace.AttachmentID, reason s
 		return nil
 	}
 	w.Log.Warn("release queued", "attachment", id.String(), "err", err)
-	if err := w.Dir.Enqueue(statedir.Queued{Attachment: id, Time: w.Now().UTC(), Reason: reason, Hold: hold}); err != nil {
+	if err := w.Dir.Enqueue(statedir.Queued{Attachment: id, Time: w.Now().UTC(), Reason: reason}); err != nil {
 		return fmt.Errorf("%w: release of %v can be neither committed nor queued: %w", ErrState, id, err)
 	}
 	// The runtime is told that it is gone, so a recovery must not bring it back.
@@ -306,7 +306,7 @@ func (w *Writer) Release(ctx context.Context, id keyspace.AttachmentID, reason s
 // letGo releases what the runtime no longer has. The holding goes first: a crash
 // in between leaves a lease without a holding, which a recovery releases, instead
 // of a holding without a lease, which it would assert against the next holder.
-func (s *session) letGo(id keyspace.AttachmentID, reason string, hold time.Duration) error {
+func (s *session) letGo(id keyspace.AttachmentID, reason string) error {
 	var guess *keyspace.Attachment
 	if h := s.Dir.Holding(id); h != nil {
 		guess = &h.Value // with this, one read suffices
@@ -314,7 +314,7 @@ func (s *session) letGo(id keyspace.AttachmentID, reason string, hold time.Durat
 	if err := s.Dir.Unhold(id); err != nil {
 		return fmt.Errorf("%w: %w", ErrState, err)
 	}
-	if err := s.release(id, guess, reason, hold); err != nil {
+	if err := s.release(id, guess, reason); err != nil {
 		return err
 	}
 	if err := s.Dir.Dequeue(id); err != nil {
@@ -325,9 +325,9 @@ func (s *session) letGo(id keyspace.AttachmentID, reason string, hold time.Durat
 
 // release commits the end of an attachment's lease, whatever it is. That there
 // is none is read linearizable. guess is what it may hold, or nil.
-func (s *session) release(id keyspace.AttachmentID, guess *keyspace.Attachment, reason string, hold time.Duration) error {
+func (s *session) release(id keyspace.AttachmentID, guess *keyspace.Attachment, reason string) error {
 	for serializable, tries := true, 0; ; serializable = false {
-		next, err := s.tryRelease(id, guess, reason, hold, serializable)
+		next, err := s.tryRelease(id, guess, reason, serializable)
 		switch {
 		case err == nil && next == nil:
 			return nil
@@ -348,7 +348,7 @@ func (s *session) release(id keyspace.AttachmentID, guess *keyspace.Attachment, 
 }
 
 // tryRelease returns the attachment's value if it is not as guessed.
-func (s *session) tryRelease(id keyspace.AttachmentID, guess *keyspace.Attachment, reason string, hold time.Duration, serializable bool) (*keyspace.Attachment, error) {
+func (s *session) tryRelease(id keyspace.AttachmentID, guess *keyspace.Attachment, reason string, serializable bool) (*keyspace.Attachment, error) {
 	attachment := s.Keys.Attachment(id)
 	gets := []Get{{Key: attachment}}
 	if guess != nil {
@@ -388,8 +388,8 @@ func (s *session) tryRelease(id keyspace.AttachmentID, guess *keyspace.Attachmen
 		e.Addresses = append(e.Addresses, entry.Address{IP: ip})
 	}
 	var until *time.Time
-	if hold > 0 {
-		t := s.Now().UTC().Add(hold).Truncate(time.Second)
+	if a.Hold > 0 {
+		t := s.Now().UTC().Add(time.Duration(a.Hold) * time.Second).Truncate(time.Second)
 		until = &t
 	}
 	_, err = s.commit(v, change{
@@ -410,7 +410,7 @@ func (s *session) tryRelease(id keyspace.AttachmentID, guess *keyspace.Attachmen
 // drain settles the queued release of id, if there is one, and some others.
 func (s *session) drain(id keyspace.AttachmentID) error {
 	if s.Dir.IsQueued(id) {
-		if err := s.letGo(id, "queued release", 0); err != nil {
+		if err := s.letGo(id, "queued release"); err != nil {
 			return err
 		}
 	}
@@ -431,7 +431,7 @@ func (s *session) drainSome(but keyspace.AttachmentID) (left int) {
 		if i >= drainLimit {
 			return len(queue) - i
 		}
-		if err := s.letGo(q.Attachment, queuedReason(q), q.Hold); err != nil {
+		if err := s.letGo(q.Attachment, queuedReason(q)); err != nil {
 			s.Log.Warn("a queued release waits on", "attachment", q.Attachment.String(), "err", err)
 			return len(queue) - i
 		}
@@ -494,7 +494,7 @@ func (w *Writer) Check(ctx context.Context, id keyspace.AttachmentID, ips []neti
 
 // GC releases what this node holds for a network and keep does not list. One
 // release that fails does not keep the others from being tried.
-func (w *Writer) GC(ctx context.Context, network string, keep map[keyspace.AttachmentID]bool, hold time.Duration) (released []keyspace.AttachmentID, err error) {
+func (w *Writer) GC(ctx context.Context, network string, keep map[keyspace.AttachmentID]bool) (released []keyspace.AttachmentID, err error) {
 	node := w.Config.Writer.Name
 	var ids []keyspace.AttachmentID
 	// Each release takes the lock and the deadline anew: a long list must not
@@ -526,7 +526,7 @@ func (w *Writer) GC(ctx context.Context, network string, keep map[keyspace.Attac
 	var errs []error
 	for _, id := range ids {
 		err := w.with(ctx, func(s *session) error {
-			return s.letGo(id, "gc: unknown to the runtime", hold)
+			return s.letGo(id, "gc: unknown to the runtime")
 		})
 		if err != nil {
 			errs = append(errs, fmt.Errorf("releasing %v: %w", id, err))

@@ -159,7 +159,7 @@ func (w *Writer) ReleaseLease(ctx context.Context, id keyspace.AttachmentID, rea
 		if len(v.extra[0].KVs) == 0 {
 			return fmt.Errorf("attachment %v: %w", id, ErrNotFound)
 		}
-		return s.release(id, nil, reason, 0)
+		return s.release(id, nil, reason)
 	})
 }
 

@@ -213,7 +213,7 @@ func TestExhaustedSaysWhy(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := n.run(func(x *Writer) error { return x.Release(t.Context(), n.attachment("c3"), "", time.Hour) }); err != nil {
+	if err := n.del("c3"); err != nil {
 		t.Fatal(err)
 	}
 	_, err = n.add(p, "c9")

@@ -70,7 +70,7 @@ func (s *session) renew(v *view) error {
 		}
 	}
 	s.mark = nil // saveMark only raises the revision, and it went back
-	return s.newMark(v, skey, previous)
+	return s.newMark(v, skey, previous, s.Config.Writer.Kind == entry.KindNode)
 }
 
 // Conflict is an address that this node holds and etcd says is another's.
@@ -132,7 +132,7 @@ func (w *Writer) Recover(ctx context.Context, reason string) (*Recovery, error) 
 		}
 		err := drill(func(s *session) error {
 			// What it holds instead, if anything, is asserted next: the holding stays.
-			if err := s.release(id, nil, "recover: not held any more", 0); err != nil {
+			if err := s.release(id, nil, "recover: not held any more"); err != nil {
 				return err
 			}
 			if err := s.Dir.Dequeue(id); err != nil {

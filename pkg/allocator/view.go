@@ -95,6 +95,9 @@ func (s *session) lookOnce(serializable bool, gets []Get) (*view, error) {
 	if err := s.checkChain(v, tail); err != nil {
 		return nil, err
 	}
+	if err := s.checkRecovered(v); err != nil {
+		return nil, err
+	}
 	if !serializable && !s.unsettled {
 		// Whatever was sent has been fenced, and what landed has been seen.
 		return v, s.settled(v)
@@ -153,6 +156,19 @@ func (s *session) checkCluster(v *view) error {
 		return fmt.Errorf("%w: its revision is %d, and %s has seen %d", errRollback, v.revision, s.Config.Writer, s.mark.Revision)
 	}
 	return nil
+}
+
+// checkRecovered is whether a recovery that this node began has come to its end.
+// Until then it may hold what is another's.
+func (s *session) checkRecovered(v *view) error {
+	if s.mark == nil || !s.mark.Recovering || s.drill || s.restored || v.writer != nil && v.writer.Chain == s.mark.Chain && !v.writer.Recover.IsZero() {
+		return nil
+	}
+	kind := ErrIntegrity
+	if v.meta.State == keyspace.Frozen {
+		kind = errDrill
+	}
+	return fmt.Errorf("%w: the recovery of %s has not ended (a conflict?): run 'ledger recover node' on it again", kind, s.Config.Writer)
 }
 
 // lateOperator reports whether this is an operator's first command after a
@@ -319,9 +335,15 @@ func (s *session) stop(found error) error {
 	return err
 }
 
+// stopsExempt reports whether this may be done though a node stopped the
+// cluster: the drill itself, and in it what operators release to end a conflict.
+func (s *session) stopsExempt(v *view) bool {
+	return s.drill || s.anyState && v.meta.Recovering
+}
+
 // refused says why nothing may be acquired, or nil.
 func (s *session) refused(v *view) error {
-	if s.drill {
+	if s.stopsExempt(v) {
 		return nil
 	}
 	if len(v.stops) > 0 {

@@ -125,7 +125,7 @@ func (m *machine) add(p *Pool, container string, ips ...netip.Addr) (out []netip
 
 func (m *machine) del(container string) error {
 	return m.run(func(w *Writer) error {
-		return w.Release(context.Background(), m.attachment(container), "", 0)
+		return w.Release(context.Background(), m.attachment(container), "")
 	})
 }
 

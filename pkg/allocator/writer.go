@@ -86,7 +86,8 @@ type session struct {
 	unsettled bool // settle is not done: a look must not say that it is
 
 	// restored exempts from the mark of before a restore; drill from frozen and
-	// stops/; anyState from frozen alone, for operators' releases in a drill.
+	// stops/; anyState from frozen, and in a drill from stops/, for operators'
+	// releases.
 	restored, drill, anyState bool
 	init                      bool // there is no meta yet
 }

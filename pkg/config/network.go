@@ -308,7 +308,7 @@ func (l *loader) rules(n *Network, _, ipam *object) error {
 		return err
 	}
 	if n.Named {
-		for _, key := range []string{"addressSpace", "strictAffinity", "blockSize", "hold"} {
+		for _, key := range []string{"addressSpace", "exclude", "strictAffinity", "blockSize", "hold"} {
 			if ipam.get(key) == nil {
 				continue
 			}

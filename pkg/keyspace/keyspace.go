@@ -353,7 +353,8 @@ type Attachment struct {
 	Pool    string    `json:"pool"`
 	Leases  []Lease   `json:"leases"` // one a range set, in their order
 	Acquire entry.Ref `json:"acquire"`
-	Pod     string    `json:"pod,omitempty"` // namespace/name
+	Hold    int64     `json:"holdSeconds,omitempty"` // the pool's rule at the acquire: how long its addresses are held back after the release
+	Pod     string    `json:"pod,omitempty"`         // namespace/name
 	PodUID  string    `json:"podUID,omitempty"`
 }
 

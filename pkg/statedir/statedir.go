@@ -120,6 +120,9 @@ type Mark struct {
 	Hash        entry.Hash    `json:"hash"`
 	Revision    int64         `json:"revision"` // the highest seen
 	Boot        string        `json:"boot"`     // boot ID at the last commit
+	// Recovering says that the epoch was entered by a recovery; until the chain
+	// has its recover entry, what the node holds may be another's.
+	Recovering bool `json:"recovering,omitempty"`
 	// Previous is the mark of the chain that this one will continue, while Seq is 0.
 	Previous entry.Ref `json:"previous,omitzero"`
 }
@@ -270,7 +273,6 @@ type Queued struct {
 	Attachment keyspace.AttachmentID `json:"attachment"`
 	Time       time.Time             `json:"time"`
 	Reason     string                `json:"reason"`
-	Hold       time.Duration         `json:"hold,omitempty"` // nanoseconds
 }
 
 func nameOf(a keyspace.AttachmentID) string {

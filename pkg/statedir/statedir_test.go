@@ -113,12 +113,12 @@ func TestQueueAndHoldings(t *testing.T) {
 	b := a
 	b.Container = "2"
 	now := time.Date(2026, 11, 20, 14, 0, 0, 0, time.UTC)
-	must(t, d.Enqueue(Queued{Attachment: b, Time: now.Add(time.Second), Reason: "r", Hold: time.Minute}))
+	must(t, d.Enqueue(Queued{Attachment: b, Time: now.Add(time.Second), Reason: "r"}))
 	must(t, d.Enqueue(Queued{Attachment: a, Time: now}))
 	must(t, d.Enqueue(Queued{Attachment: a, Time: now}))
 	q, err := d.Queue()
 	must(t, err)
-	if len(q) != 2 || q[0].Attachment != a || q[1].Attachment != b || q[1].Hold != time.Minute || !d.IsQueued(a) {
+	if len(q) != 2 || q[0].Attachment != a || q[1].Attachment != b || !d.IsQueued(a) {
 		t.Fatalf("queue is %+v", q)
 	}
 	must(t, d.Dequeue(a))

@@ -1,12 +1,12 @@
 package main
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"os"
+	"strings"
 
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
@@ -126,8 +126,10 @@ func (p *plugin) fail(verb, what string, err error) error {
 		msg = "etcd is out of space"
 	case errors.Is(err, allocator.ErrState):
 		msg = "state directory cannot be used"
+	case errors.Is(err, allocator.ErrNotApplied):
+		msg = "etcd refuses the transaction"
 	}
-	details := bytes.ReplaceAll([]byte(fmt.Sprintf("%s %s: %v", verb, what, err)), []byte("\n"), []byte("; "))
-	p.Log.Error(msg, "code", code, "details", string(details))
-	return types.NewError(code, msg, string(details))
+	details := strings.ReplaceAll(fmt.Sprintf("%s %s: %v", verb, what, err), "\n", "; ")
+	p.Log.Error(msg, "code", code, "details", details)
+	return types.NewError(code, msg, details)
 }

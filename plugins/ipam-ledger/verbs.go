@@ -80,7 +80,7 @@ func del(args *skel.CmdArgs) error {
 	}
 	defer p.close()
 	id := p.attachment(args)
-	if err := p.Release(context.Background(), id, "", n.Hold); err != nil {
+	if err := p.Release(context.Background(), id, ""); err != nil {
 		return p.fail("DEL", id.String(), err)
 	}
 	p.Log.Info("DEL", "attachment", id.String())
@@ -134,7 +134,7 @@ func gc(args *skel.CmdArgs) error {
 	for _, a := range n.ValidAttachments {
 		keep[keyspace.AttachmentID{Node: n.Node, Network: n.Name, Container: a.ContainerID, Interface: a.IfName}] = true
 	}
-	released, err := p.GC(context.Background(), n.Name, keep, n.Hold)
+	released, err := p.GC(context.Background(), n.Name, keep)
 	for _, id := range released {
 		p.Log.Info("GC", "released", id.String())
 	}
