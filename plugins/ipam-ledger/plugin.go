@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -28,7 +29,7 @@ type plugin struct {
 }
 
 // open prepares a call. It talks to nobody yet.
-func open(n *config.Network) (*plugin, error) {
+func open(verb string, n *config.Network) (*plugin, error) {
 	p := &plugin{network: n}
 	log := p.logger(n.LogFile)
 	for _, w := range n.Warnings {
@@ -36,7 +37,7 @@ func open(n *config.Network) (*plugin, error) {
 	}
 	dir, err := statedir.Open(n.StateDir)
 	if err != nil {
-		return nil, types.NewError(types.ErrTryAgainLater, "state directory cannot be used", err.Error())
+		return nil, types.NewError(stateCode(verb, err), "state directory cannot be used", err.Error())
 	}
 	keys, err := keyspace.New(n.Prefix)
 	if err != nil {
@@ -103,6 +104,16 @@ const (
 	codeIntegrity    = 104
 )
 
+// stateCode is what a broken state directory is to the runtime: an I/O failure,
+// or where waiting may help (a lock that is held; a DEL, which must come again),
+// "try again later".
+func stateCode(verb string, err error) uint {
+	if verb == "DEL" || errors.Is(err, context.DeadlineExceeded) {
+		return types.ErrTryAgainLater
+	}
+	return types.ErrIOFailure
+}
+
 // fail is the one place where errors become CNI codes. Causes go into the
 // details: runtimes drop what a failing plugin writes to stderr.
 func (p *plugin) fail(verb, what string, err error) error {
@@ -125,7 +136,7 @@ func (p *plugin) fail(verb, what string, err error) error {
 	case errors.Is(err, allocator.ErrNoSpace):
 		msg = "etcd is out of space"
 	case errors.Is(err, allocator.ErrState):
-		msg = "state directory cannot be used"
+		code, msg = stateCode(verb, err), "state directory cannot be used"
 	case errors.Is(err, allocator.ErrNotApplied):
 		msg = "etcd refuses the transaction"
 	}

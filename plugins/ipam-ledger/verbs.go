@@ -31,7 +31,7 @@ func add(args *skel.CmdArgs) error {
 	if err := checkNetns(args); err != nil {
 		return err
 	}
-	p, err := open(n)
+	p, err := open("ADD", n)
 	if err != nil {
 		return err
 	}
@@ -74,7 +74,7 @@ func del(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	p, err := open(n)
+	p, err := open("DEL", n)
 	if err != nil {
 		return err
 	}
@@ -96,7 +96,7 @@ func check(args *skel.CmdArgs) error {
 	if n.PrevResult == nil {
 		return types.NewError(types.ErrInvalidNetworkConfig, "CHECK needs prevResult", "prevResult is absent from the network configuration")
 	}
-	p, err := open(n)
+	p, err := open("CHECK", n)
 	if err != nil {
 		return err
 	}
@@ -125,7 +125,7 @@ func gc(args *skel.CmdArgs) error {
 	if !n.HasValidAttachments {
 		return types.NewError(types.ErrInvalidNetworkConfig, "GC needs the list of valid attachments", "cni.dev/valid-attachments is absent or null; an empty list is written []")
 	}
-	p, err := open(n)
+	p, err := open("GC", n)
 	if err != nil {
 		return err
 	}
@@ -160,7 +160,7 @@ func status(args *skel.CmdArgs) error {
 		return err
 	}
 	n.Timeout, n.LockTimeout = min(n.Timeout, statusTimeout), min(n.LockTimeout, statusTimeout)
-	p, err := open(n)
+	p, err := open("STATUS", n)
 	if err != nil {
 		return err
 	}
