@@ -106,7 +106,7 @@ type Source interface {
 type Options struct {
 	Keys          *KeyRing            // nil: the ledger's own, on first use
 	AllSignatures bool                // and not only those that cover the rest
-	Progress      func(entries int64) // called now and then from one goroutine
+	Progress      func(entries int64) // called now and then; starts anew if the ledger is read a second time
 	Workers       int                 // 0: GOMAXPROCS
 }
 

@@ -38,15 +38,16 @@ type item struct {
 	create, mod, version, lease int64
 
 	// Set by the worker.
-	key    string // below the prefix; shares the batch's memory
-	val    []byte // stored bytes
-	badKey error
-	writer string // kind/name, of the key
-	chain  entry.ChainID
-	seq    uint64
-	hash   entry.Hash
-	e      entry.Entry
-	err    error // of parsing; ErrVersion for a newer version
+	key      string // below the prefix; shares the batch's memory
+	val      []byte // stored bytes
+	keyBytes []byte // of a live key, in full
+	badKey   error
+	writer   string // kind/name, of the key
+	chain    entry.ChainID
+	seq      uint64
+	hash     entry.Hash
+	e        entry.Entry
+	err      error // of parsing; ErrVersion for a newer version
 }
 
 type sigTask struct {

@@ -98,7 +98,7 @@ func TestExportStrict(t *testing.T) {
 		return binary.BigEndian.AppendUint32(b, uint32(value))
 	}
 	h := len(exportMagic) + 9 + int(binary.BigEndian.Uint32(whole[len(exportMagic)+5:]))
-	insert := func(at int, b []byte) []byte { return append(bytes.Clone(whole[:at]), append(b, whole[at:]...)...) }
+	insert := func(at int, b []byte) []byte { return bytes.Join([][]byte{whole[:at], b, whole[at:]}, nil) }
 	z := bytes.LastIndexByte(whole, 'Z')
 	for !bytes.HasPrefix(whole[z+9:], []byte(`{"entries"`)) {
 		z = bytes.LastIndexByte(whole[:z], 'Z')

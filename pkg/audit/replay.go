@@ -2,6 +2,7 @@ package audit
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/maphash"
@@ -35,7 +36,8 @@ type replay struct {
 	names   []string // interned space, pool, node names
 	nameIDs map[string]uint32
 
-	addrIDs map[addrKey]uint32
+	addrs4  map[uint64]uint32 // space and IPv4 address -> addrs; most are, and it is faster
+	addrs6  map[addrKey]uint32
 	addrs   []address
 	attIDs  map[uint64]uint32 // hash of the key -> first of its list
 	atts    []attachment      // 0 is unused
@@ -113,6 +115,7 @@ type chain struct {
 	keyText  string
 	keys     []note.Verifier
 	trusted  bool
+	keyless  bool // its open is of a newer version
 	unsure   bool // something is gone or unreadable: a rotation may have been
 	closed   bool
 	ended    bool // a later chain names this one
@@ -139,8 +142,8 @@ type stray struct {
 }
 
 type addrKey struct {
-	hi, lo uint64
-	space  uint32
+	ip    netip.Addr
+	space uint32
 }
 
 type address struct {
@@ -193,7 +196,7 @@ func newReplay(keys keyspace.Keys, snap Snapshot, o *Options, log *findings) *re
 	return &replay{
 		keys: keys, prefix: keys.Prefix(), ring: o.Keys, all: o.AllSignatures, snap: snap, log: log,
 		chains: map[entry.ChainID]*chain{}, shadows: map[string]bool{}, writers: map[string]*writer{}, trusted: map[string]bool{},
-		nameIDs: map[string]uint32{}, addrIDs: map[addrKey]uint32{}, attIDs: map[uint64]uint32{}, atts: make([]attachment, 1),
+		nameIDs: map[string]uint32{}, addrs4: map[uint64]uint32{}, addrs6: map[addrKey]uint32{}, attIDs: map[uint64]uint32{}, atts: make([]attachment, 1),
 		seed: maphash.MakeSeed(), blocks: map[blockKey]*block{}, pools: map[string]*pool{},
 	}
 }
@@ -457,6 +460,7 @@ func (r *replay) entry(b *batch, it *item) {
 	}
 	if unknown {
 		r.unknown++
+		c.keyless = c.keyless || it.seq == 1
 		r.sign(b, it, c)
 		r.advance(c, it, linked, true)
 		return
@@ -861,35 +865,43 @@ func (r *replay) name(id uint32) string { return r.names[id-1] }
 // lookup is intern that adds nothing: 0 for a name never seen.
 func (r *replay) lookup(s string) uint32 { return r.nameIDs[s] }
 
-func addrKeyOf(space uint32, ip netip.Addr) addrKey {
-	a := ip.As16()
-	be := func(b []byte) (n uint64) {
-		for _, c := range b {
-			n = n<<8 | uint64(c)
-		}
-		return n
+// findAddr returns the number of an address that was ever named.
+func (r *replay) findAddr(space uint32, ip netip.Addr) (id uint32, ok bool) {
+	if ip.Is4() {
+		id, ok = r.addrs4[key4(space, ip)]
+	} else {
+		id, ok = r.addrs6[addrKey{ip, space}]
 	}
-	return addrKey{be(a[:8]), be(a[8:]), space}
-}
-
-func (k addrKey) ip() netip.Addr {
-	var a [16]byte
-	for i := range 8 {
-		a[i] = byte(k.hi >> (56 - 8*i))
-		a[8+i] = byte(k.lo >> (56 - 8*i))
-	}
-	return netip.AddrFrom16(a).Unmap()
+	return id, ok
 }
 
 func (r *replay) addr(space uint32, ip netip.Addr) uint32 {
-	k := addrKeyOf(space, ip)
-	i, ok := r.addrIDs[k]
+	id, ok := r.findAddr(space, ip)
 	if !ok {
-		i = uint32(len(r.addrs))
+		id = uint32(len(r.addrs))
 		r.addrs = append(r.addrs, address{})
-		r.addrIDs[k] = i
+		if ip.Is4() {
+			r.addrs4[key4(space, ip)] = id
+		} else {
+			r.addrs6[addrKey{ip, space}] = id
+		}
 	}
-	return i
+	return id
+}
+
+func key4(space uint32, ip netip.Addr) uint64 {
+	a := ip.As4()
+	return uint64(space)<<32 | uint64(binary.BigEndian.Uint32(a[:]))
+}
+
+// eachAddr calls f with every address that was ever named.
+func (r *replay) eachAddr(f func(space string, ip netip.Addr, a *address)) {
+	for k, id := range r.addrs4 {
+		f(r.name(uint32(k>>32)), netip.AddrFrom4([4]byte{byte(k >> 24), byte(k >> 16), byte(k >> 8), byte(k)}), &r.addrs[id])
+	}
+	for k, id := range r.addrs6 {
+		f(r.name(k.space), k.ip, &r.addrs[id])
+	}
 }
 
 // attKey builds the key of an attachment in scratch.
@@ -1112,6 +1124,15 @@ func (r *replay) finish(b *batch) {
 	for _, c := range cc {
 		r.strays(c)
 	}
+}
+
+func (r *replay) keyless() (n int) {
+	for _, c := range r.chains {
+		if c.keyless {
+			n++
+		}
+	}
+	return n
 }
 
 // strays tells entries that change places from entries that stand twice.

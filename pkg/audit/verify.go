@@ -245,6 +245,9 @@ func (r *replay) reportOf(d *diff, o *Options) *Report {
 	if r.unknown > 0 {
 		p.Reduced = append(p.Reduced, fmt.Sprintf("%d entries are of a version or with an op that this program does not know: hash and signature were checked, they were not replayed; use a newer 'ledger'", r.unknown))
 	}
+	if n := r.keyless(); n > 0 {
+		p.Reduced = append(p.Reduced, fmt.Sprintf("%d chains were opened by an entry of a newer version: with which key is not known, and their signatures were not checked", n))
+	}
 	p.Reduced = append(p.Reduced, d.reduced...)
 	if len(l.folded) > 0 {
 		var cc []string

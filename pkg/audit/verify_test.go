@@ -62,9 +62,7 @@ func restored(t *testing.T, l, old *ledger, epoch uint64) *ledger {
 	for _, name := range []string{nodeA, nodeB} {
 		w := r.writer(name)
 		*w = *l.writer(name) // a node keeps its key and its mark
-		if m := w.head.Head(); m != r.refOf(r.keys.Entry(w.Writer, m.Chain, 1)) {
-			w.mark = m
-		}
+		w.mark = w.head.Head()
 		r.anew(w, int(epoch)*10)
 		if v := get[keyspace.Writer](r, r.keys.Writer(w.Writer)); v.Head() == w.mark {
 			w.mark = entry.Ref{}
@@ -155,7 +153,10 @@ func TestFlipEveryByte(t *testing.T) {
 			if err != nil || r.ExitCode() != ExitFindings {
 				t.Fatalf("byte %d of %s: %v, %+v", i, k, err, r)
 			}
-			named := slices.ContainsFunc(r.Findings, func(f Finding) bool { return strings.HasSuffix(k, f.Where) })
+			// An entry that claims to be of a newer version is judged by the next one's hash of it.
+			named := slices.ContainsFunc(r.Findings, func(f Finding) bool {
+				return strings.HasSuffix(k, f.Where) || r.UnknownVersion > 0 && f.Code == HashMismatch && f.Seq == at.seq+1
+			})
 			if !named {
 				show(t, r)
 				t.Fatalf("byte %d of %s: no finding names the entry", i, k)
