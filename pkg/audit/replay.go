@@ -64,6 +64,7 @@ type replay struct {
 
 	// Gathered in the first reading: what a second one would put in its place.
 	moved *moved
+	again bool // it is worth a second reading
 }
 
 // moved are entries that do not stand where they were committed, and places
@@ -76,6 +77,8 @@ type moved struct {
 	late  map[place][]*item
 	used  map[*item]bool
 	want  map[place]entry.Hash
+	// named are the hashes that the successors of changed entries name.
+	named map[place]entry.Hash
 }
 
 var maxMoved = 1 << 14
@@ -233,7 +236,27 @@ func (r *replay) suspect(b *batch, it *item, c *chain) {
 	r.sign(b, it, c)
 }
 
-func ref(it *item) entry.Ref { return entry.Ref{Chain: it.chain, Seq: it.seq, Hash: it.hash} }
+// ref is how other entries and live keys name an entry: by the hash it has, or
+// in the second reading, where it was changed, by the one its successor names. So
+// what rests on the entry is judged by what the entry says, and is not a finding
+// merely because its bytes were changed.
+func (r *replay) ref(it *item) entry.Ref {
+	if r.second != nil {
+		if h, ok := r.second.named[place{it.chain, it.seq}]; ok {
+			return entry.Ref{Chain: it.chain, Seq: it.seq, Hash: h}
+		}
+	}
+	return entry.Ref{Chain: it.chain, Seq: it.seq, Hash: it.hash}
+}
+
+// mod is the revision an entry was committed at: before it was written again,
+// as far as etcd tells.
+func (r *replay) mod(it *item) int64 {
+	if r.second != nil && it.create < it.mod {
+		return it.create
+	}
+	return it.mod
+}
 
 // batch replays a batch.
 func (r *replay) batch(b *batch) {
@@ -273,8 +296,23 @@ func (r *replay) keep(it *item) {
 		r.moved = newMoved()
 	}
 	m := r.moved
+	r.again = true
 	m.items = append(m.items, it)
 	m.skip[it.ord] = true
+}
+
+// nameBefore notes, in the first reading, the hash that an entry's successor names.
+// Where the entry is only missing, nothing comes of it.
+func (r *replay) nameBefore(p place, h entry.Hash) {
+	if r.second != nil {
+		return
+	}
+	if r.moved == nil {
+		r.moved = newMoved()
+	}
+	if len(r.moved.named) < maxMoved {
+		r.moved.named[p] = h
+	}
 }
 
 // arrange prepares the second reading.
@@ -396,6 +434,9 @@ func (r *replay) entry(b *batch, it *item) {
 		// follows is signed with a key that nothing vouches for.
 		c.key, c.unsure = nil, false
 	}
+	if it.seq > c.seq+1 && it.err == nil && it.e.Chain == it.chain && it.e.Seq == it.seq {
+		r.nameBefore(place{it.chain, it.seq - 1}, it.e.Prev)
+	}
 	if it.seq > c.seq+1 {
 		c.missing = append(c.missing, seqRange{c.seq + 1, it.seq - 1})
 		f := r.finding(Missing, it, "%s", gone(c.seq+1, it.seq-1))
@@ -441,6 +482,7 @@ func (r *replay) entry(b *batch, it *item) {
 					r.moved = newMoved()
 				}
 				r.moved.want[place{it.chain, e.Seq}] = entry.Hash{}
+				r.again = true
 			}
 			linked = false
 		case e.Seq != it.seq:
@@ -483,7 +525,7 @@ func gone(from, to uint64) string {
 }
 
 func newMoved() *moved {
-	return &moved{skip: map[int64]bool{}, late: map[place][]*item{}, used: map[*item]bool{}, want: map[place]entry.Hash{}}
+	return &moved{skip: map[int64]bool{}, late: map[place][]*item{}, used: map[*item]bool{}, want: map[place]entry.Hash{}, named: map[place]entry.Hash{}}
 }
 
 func with(f *Finding, want, got string) *Finding {
@@ -568,6 +610,8 @@ func (r *replay) link(b *batch, c *chain, it *item) {
 				Detail: detail, Want: want, Got: got,
 			})
 		}
+		r.nameBefore(place{c.id, c.seq}, it.e.Prev)
+		r.again = true
 		before(HashMismatch, fmt.Sprintf("its bytes are not those that entry %d names, and its signature does not hold: it was changed", it.seq), it.e.Prev.String(), c.hash.String())
 		if c.parsed {
 			before(BadSignature, notInForce, keyName(c.key), sigGot(&c.sigOf, c.key))
@@ -699,14 +743,14 @@ func (r *replay) extend(b *batch, c *chain, it *item) {
 	case entry.Pool:
 		r.operatorOnly(b, c, it)
 		name := strings.Clone(e.Pool)
-		r.pools[name] = &pool{spec: e.Spec, ref: ref(it)}
+		r.pools[name] = &pool{spec: e.Spec, ref: r.ref(it)}
 	case entry.Meta:
 		r.metaEntry(b, c, it)
 	case entry.Recover:
 		if e.Epoch != c.epoch {
 			r.report(b, it, c, with(r.finding(StaleEpoch, it, "a recover entry of another epoch than its chain's"), fmt.Sprintf("epoch %d", c.epoch), fmt.Sprintf("epoch %d", e.Epoch)))
 		}
-		c.w.recover = append(c.w.recover, ref(it))
+		c.w.recover = append(c.w.recover, r.ref(it))
 	}
 }
 
@@ -809,7 +853,7 @@ func (r *replay) close(b *batch, c *chain, it *item) {
 	var t *chain
 	if w != nil {
 		t = w.chain
-		w.closes = append(w.closes, ref(it))
+		w.closes = append(w.closes, r.ref(it))
 	}
 	if t == nil || e.Closes != t.tip() {
 		got := ""
@@ -838,7 +882,7 @@ func (r *replay) metaEntry(b *batch, c *chain, it *item) {
 		r.report(b, it, c, with(r.finding(WrongChain, it, "the entry is about another cluster"), r.cluster, e.Cluster))
 	}
 	r.meta = metaState{
-		ref: ref(it), cluster: strings.Clone(e.Cluster), etcdCluster: strings.Clone(e.EtcdCluster),
+		ref: r.ref(it), cluster: strings.Clone(e.Cluster), etcdCluster: strings.Clone(e.EtcdCluster),
 		state: strings.Clone(e.State), epoch: max(e.Epoch, r.meta.epoch), set: true,
 	}
 }
@@ -976,7 +1020,7 @@ func (r *replay) acquire(b *batch, c *chain, it *item) {
 		i = r.newAtt(key, h)
 	}
 	att := &r.atts[i]
-	att.space, att.pool, att.acquire, att.mod = space, pool, ref(it), it.mod
+	att.space, att.pool, att.acquire, att.mod = space, pool, r.ref(it), r.mod(it)
 	for n := range e.Addresses {
 		a := &e.Addresses[n]
 		id := r.addr(space, a.IP)
@@ -984,14 +1028,14 @@ func (r *replay) acquire(b *batch, c *chain, it *item) {
 		switch {
 		case s.leased:
 			r.judge(b, it, c, with(r.finding(DoubleAlloc, it, "%s in space %s is acquired for %s while %s holds it", a.IP, e.Space, key, r.atts[s.att].key),
-				"held by "+s.ref.String(), "acquired by "+ref(it).String()))
+				"held by "+s.ref.String(), "acquired by "+r.ref(it).String()))
 		case a.After != s.ref:
 			r.judge(b, it, c, with(r.finding(BrokenHistory, it, "the acquire of %s in space %s does not follow its last release", a.IP, e.Space), refText(s.ref), refText(a.After)))
 		}
 		if !s.leased {
 			r.leased++
 		}
-		s.leased, s.ref, s.mod, s.pool, s.att = true, att.acquire, it.mod, pool, i
+		s.leased, s.ref, s.mod, s.pool, s.att = true, att.acquire, att.mod, pool, i
 		att.addrs = append(att.addrs, id)
 		att.ips = append(att.ips, a.IP)
 	}
@@ -1035,7 +1079,7 @@ func (r *replay) release(b *batch, c *chain, it *item) {
 			}
 			continue
 		}
-		s.leased, s.ref, s.mod, s.pool = false, ref(it), it.mod, pool
+		s.leased, s.ref, s.mod, s.pool = false, r.ref(it), r.mod(it), pool
 		r.leased--
 	}
 	if i != 0 && r.atts[i].acquire == e.Acquire {
@@ -1056,9 +1100,9 @@ func (r *replay) claim(b *batch, c *chain, it *item) {
 		k := blockKey{r.intern(&c.names[0], e.Space), r.intern(&c.names[1], e.Pool), p}
 		if had := r.blocks[k]; had != nil {
 			r.judge(b, it, c, with(r.finding(DoubleClaim, it, "block %s of pool %s in space %s is claimed for %s while %s has it", p, e.Pool, e.Space, e.Node, r.name(had.node)),
-				"held by "+had.claim.String(), "claimed by "+ref(it).String()))
+				"held by "+had.claim.String(), "claimed by "+r.ref(it).String()))
 		}
-		r.blocks[k] = &block{node: r.intern(&c.names[2], e.Node), claim: ref(it), mod: it.mod}
+		r.blocks[k] = &block{node: r.intern(&c.names[2], e.Node), claim: r.ref(it), mod: r.mod(it)}
 	}
 }
 

@@ -157,7 +157,7 @@ func Verify(ctx context.Context, src Source, o Options) (*Report, error) {
 	}
 	log := newFindings()
 	r, err := read(log, nil)
-	if err == nil && r.moved != nil {
+	if err == nil && r.again {
 		m := r.moved
 		m.arrange()
 		log = newFindings()
