@@ -198,7 +198,10 @@ func (s *session) startAnew(v *view) error {
 		return err
 	}
 	s.Log.Warn("an operator replaced this writer: a new chain is opened", "closed", v.writer.Closed)
-	return s.newMark(v, skey, entry.Ref{}, false)
+	// Pods that outlived the identity may hold what a restore has freed since:
+	// a recovery has to assert it first.
+	held, err := s.Dir.Holdings()
+	return s.newMark(v, skey, entry.Ref{}, s.Config.Writer.Kind == entry.KindNode && (err != nil || len(held) > 0))
 }
 
 func (s *session) key() (skey, vkey string, err error) {

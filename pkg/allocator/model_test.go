@@ -486,13 +486,54 @@ func (m *model) drill() {
 		}
 	}
 	admin("recover start", func(x *Writer) error { _, err := x.RecoverStart(ctx, epoch, "test"); return err })
+	// A node that does not take part, and comes back when all is over.
+	var away *machine
+	if len(w.nodes) > 1 && rapid.IntRange(0, 2).Draw(m.t, "away") == 0 {
+		away = w.nodes[rapid.IntRange(0, len(w.nodes)-1).Draw(m.t, "who")]
+	}
+	// Another restore in the middle of the drill: it begins anew.
+	again := -1
+	if rapid.IntRange(0, 3).Draw(m.t, "again") == 0 {
+		again = rapid.IntRange(0, len(w.nodes)-1).Draw(m.t, "at")
+	}
 	done := map[string]bool{}
 	var last []any
-	for round := 0; len(done) < len(w.nodes); round++ {
+	want := len(w.nodes)
+	if away != nil {
+		want--
+		for _, id := range slices.Collect(maps.Keys(m.told)) {
+			if id.Node == away.who.Name {
+				delete(m.told, id) // its operator says that its pods are gone
+				m.gone[id] = true
+			}
+		}
+		state := w.store.now() // and so are their leases, or they would be in the way
+		for k := range state.keys {
+			if key, err := testKeys.Parse(k); err == nil && key.Kind == "attachments" && key.Attachment.Node == away.who.Name {
+				admin("release", func(x *Writer) error {
+					err := x.ReleaseLease(ctx, key.Attachment, "its node is gone")
+					if errors.Is(err, ErrNotFound) {
+						return nil
+					}
+					return err
+				})
+			}
+		}
+	}
+	for round := 0; len(done) < want; round++ {
 		if round > 12 {
 			m.t.Fatalf("the drill does not end: %v recovered: %+v", done, last)
 		}
-		for _, n := range w.nodes {
+		for i, n := range w.nodes {
+			if n == away {
+				continue
+			}
+			if round == 0 && i == again {
+				w.step = nil
+				w.store.restore(rapid.IntRange(1, 8).Draw(m.t, "depth2"), rapid.Bool().Draw(m.t, "newCluster2"))
+				m.drill()
+				return
+			}
 			n.reconnect()
 			w.step = nil
 			if round == 0 {
@@ -516,16 +557,29 @@ func (m *model) drill() {
 		}
 	}
 	var names []string
+	var without []string
 	for _, n := range w.nodes {
 		names = append(names, n.who.Name)
+		if n == away {
+			without = append(without, n.who.Name)
+			admin("thaw without a node", func(x *Writer) error {
+				if _, err := x.Thaw(ctx, names, nil, "test"); err == nil {
+					m.t.Fatalf("thawed although %v has not recovered", n.who)
+				}
+				return nil
+			})
+		}
 	}
-	admin("thaw", func(x *Writer) error { _, err := x.Thaw(ctx, names, nil, "test"); return err })
+	admin("thaw", func(x *Writer) error { _, err := x.Thaw(ctx, names, without, "test"); return err })
 	w.store.land()
 	m.restored = false
 	m.refreshFrozen()
 	if m.frozen {
-		admin("thaw", func(x *Writer) error { _, err := x.Thaw(ctx, names, nil, "test"); return err })
+		admin("thaw", func(x *Writer) error { _, err := x.Thaw(ctx, names, without, "test"); return err })
 		m.refreshFrozen()
+	}
+	if away != nil {
+		m.comeBack(away)
 	}
 	// Nothing that a pod was told is lost.
 	state := w.store.now()
@@ -535,6 +589,51 @@ func (m *model) drill() {
 			if err := keyspace.Decode(state.keys[testKeys.Address("default", ip)].value, &a); err != nil || a.State != keyspace.Leased || *a.Holder != id {
 				m.t.Fatalf("after the drill %v of %v is %+v (%v)", ip, id, a, err)
 			}
+		}
+	}
+}
+
+// comeBack: a node that was left out is refused until it has recovered, even
+// though the others allocate; what its pods had may be others' by then.
+func (m *model) comeBack(n *machine) {
+	ctx := context.Background()
+	n.reconnect()
+	m.w.step = nil
+	dir, _ := statedir.Open(n.dir)
+	mark, merr := dir.LoadMark()
+	value := m.writerOf(n)
+	// Who never wrote, or was replaced and has no pods, has nothing to recover.
+	wrote := (mark != nil || merr != nil || value != nil) && !(value != nil && !value.Closed.IsZero())
+	for _, other := range m.w.nodes {
+		if other != n {
+			other.reconnect()
+			c := m.container()
+			m.noteAdd(other, c, func() ([]netip.Addr, error) { return other.add(m.pools[0], c) })
+		}
+	}
+	c := m.container()
+	if _, err := n.add(m.pools[0], c); wrote && err == nil {
+		m.t.Fatalf("%v was left out of the drill and was answered", n.who)
+	}
+	m.gone[n.attachment(c)] = true
+	for id := range m.gone {
+		if id.Node == n.who.Name { // the runtime takes its pods down
+			if err := n.del(id.Container); err != nil {
+				m.t.Fatalf("DEL of %v: %v", id, err)
+			}
+		}
+	}
+	for try := range 4 {
+		var r *Recovery
+		err := n.run(func(x *Writer) (err error) { r, err = x.Recover(ctx, "back"); return err })
+		if err == nil && r.Done {
+			return
+		}
+		if try == 3 {
+			m.t.Fatalf("%v cannot come back: %+v, %v", n.who, r, err)
+		}
+		if errors.Is(err, ErrIntegrity) {
+			m.replace(n)
 		}
 	}
 }
