@@ -81,6 +81,7 @@ type reader struct {
 	store  *etcdstore.Store
 	client *clientv3.Client
 	keys   keyspace.Keys
+	found  bool // meta
 }
 
 // connect opens a connection to read by. Its owner closes its store.
@@ -92,11 +93,26 @@ func (a *app) connect(ctx context.Context) (*reader, error) {
 	r := &reader{store: etcdstore.New(c), keys: keys}
 	ctx, cancel := context.WithTimeout(ctx, a.loaded.Timeout)
 	defer cancel()
-	if r.client, err = r.store.Client(ctx); err != nil {
+	if err := r.probe(ctx, a.loaded.Timeout); err != nil {
+		r.store.Close()
 		return nil, err
 	}
-	r.client.KV = patient{r.client.KV, a.loaded.Timeout}
 	return r, nil
+}
+
+// probe asks for meta by the store's own way, which names what is wrong with a
+// certificate, a user or a role; the client alone would say that time is up.
+func (r *reader) probe(ctx context.Context, timeout time.Duration) error {
+	reply, err := r.store.Read(ctx, false, []allocator.Get{{Key: r.keys.Meta()}})
+	if err != nil {
+		return err
+	}
+	r.found = len(reply.Ranges[0].KVs) > 0
+	if r.client, err = r.store.Client(ctx); err != nil {
+		return err
+	}
+	r.client.KV = patient{r.client.KV, timeout}
+	return nil
 }
 
 // retries is how often a reading starts anew after etcd compacted its revision.
@@ -134,12 +150,8 @@ func (a *app) read(ctx context.Context, from string, f func(src audit.Source, li
 
 // haveLedger fails where etcd holds no ledger: an empty answer would be taken
 // for one.
-func (r *reader) haveLedger(ctx context.Context) error {
-	g, err := r.client.Get(ctx, r.keys.Meta(), clientv3.WithCountOnly())
-	if err != nil {
-		return fmt.Errorf("%w: reading %s: %w", allocator.ErrUnavailable, r.keys.Meta(), err)
-	}
-	if g.Count == 0 {
+func (r *reader) haveLedger() error {
+	if !r.found {
 		return fmt.Errorf("%w: %s is absent", errNoLedger, r.keys.Meta())
 	}
 	return nil

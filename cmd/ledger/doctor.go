@@ -18,6 +18,7 @@ import (
 	"github.com/spf13/cobra"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
+	"github.com/ipam-ledger/ipam-ledger/pkg/allocator"
 	"github.com/ipam-ledger/ipam-ledger/pkg/audit/entry"
 	"github.com/ipam-ledger/ipam-ledger/pkg/etcdstore"
 	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
@@ -132,7 +133,7 @@ func (d *doctor) run(ctx context.Context) {
 
 // endpoints probes each endpoint by itself, and returns one that works.
 func (d *doctor) endpoints(ctx context.Context) (works string) {
-	c, _, err := d.etcd()
+	c, keys, err := d.etcd()
 	if err != nil {
 		d.add("etcd", fail, "", "%v", err)
 		return ""
@@ -162,17 +163,13 @@ func (d *doctor) endpoints(ctx context.Context) (works string) {
 		func() {
 			defer cancel()
 			defer store.Close()
-			client, err := store.Client(sctx)
-			if err == nil {
-				// A read of ours shows at once what a refused certificate, a missing
-				// password or a role would.
-				_, err = client.Get(sctx, d.loaded.Prefix+"meta", clientv3.WithSerializable())
-			}
-			if err != nil {
-				d.add(name, fail, "it can be reached, but not used: look at certificate, user and role", "%v", err)
+			r := &reader{store: store, keys: keys}
+			if err := r.probe(sctx, d.loaded.Timeout); err != nil {
+				text := strings.TrimPrefix(err.Error(), allocator.ErrUnavailable.Error()+": "+e+": ")
+				d.add(name, fail, "it can be reached, but not used: look at certificate, user and role, and whether it has a leader", "%s", text)
 				return
 			}
-			s, err := status(sctx, client)
+			s, err := status(sctx, r.client)
 			if err != nil {
 				d.add(name, fail, "", "it does not tell its status: %v", err)
 				return
@@ -231,11 +228,10 @@ func (d *doctor) ledger(ctx context.Context, endpoint string) *state {
 	defer r.store.Close()
 	cctx, cancel := context.WithTimeout(ctx, d.loaded.Timeout)
 	defer cancel()
-	if r.client, err = r.store.Client(cctx); err != nil {
+	if err := r.probe(cctx, d.loaded.Timeout); err != nil {
 		d.add("etcd", fail, "", "%v", err)
 		return nil
 	}
-	r.client.KV = patient{r.client.KV, d.loaded.Timeout}
 	var st *state
 	for range retries {
 		var src *etcdstore.Source

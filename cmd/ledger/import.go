@@ -107,8 +107,8 @@ func (a *app) runImport(ctx context.Context, im *imports, reason string) error {
 	if im.space == "" {
 		im.space = config.DefaultSpace
 	}
-	for what, name := range map[string]string{"--network": im.network, "--pool": im.pool, "--space": im.space} {
-		if err := entry.ValidateName(what, name); err != nil {
+	for _, x := range [][2]string{{"--network", im.network}, {"--pool", im.pool}, {"--space", im.space}} {
+		if err := entry.ValidateName(x[0], x[1]); err != nil {
 			return usage("%w", err)
 		}
 	}

@@ -284,7 +284,7 @@ func (a *app) runIP(ctx context.Context, ip netip.Addr, space string, at time.Ti
 	var snap audit.Snapshot
 	err := a.read(ctx, from, func(src audit.Source, live *reader) (err error) {
 		if live != nil {
-			if err := live.haveLedger(ctx); err != nil {
+			if err := live.haveLedger(); err != nil {
 				return err
 			}
 		}

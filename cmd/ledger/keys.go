@@ -102,7 +102,7 @@ func (a *app) readKeys(ctx context.Context, from string) ([]*chainKey, error) {
 	var s *scan
 	err := a.read(ctx, from, func(src audit.Source, live *reader) (err error) {
 		if live != nil {
-			if err := live.haveLedger(ctx); err != nil {
+			if err := live.haveLedger(); err != nil {
 				return err
 			}
 		}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/spf13/cobra"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc/connectivity"
 	"sigs.k8s.io/yaml"
 
 	"github.com/ipam-ledger/ipam-ledger/pkg/audit"
@@ -41,9 +42,12 @@ func (a *app) log() *cobra.Command {
 
 TIME is the writer's own clock. The order does not rest on it: where it goes
 back, clocks disagree. "10.22.0.3 +10.22.0.0/26" is an acquire that claimed the
-block, too. All conditions given must hold. TIME in --since and --until
-is RFC 3339, or "2006-01-02 15:04[:05]" or "2006-01-02" in local time, or a
-duration ago such as -2h.
+block, too.
+
+All conditions given must hold. --node NAME takes what concerns that node, and
+what it wrote. The times in --since and --until are RFC 3339, or
+"2006-01-02 15:04[:05]" or "2006-01-02" in local time, or a duration ago such as
+-2h.
 
 --follow shows the last 10 entries (-n: others), then waits for more until it is
 interrupted, and connects again by itself.`,
@@ -249,7 +253,7 @@ func (a *app) runLog(ctx context.Context, f *filter) error {
 	var at int64
 	err := a.read(ctx, f.source, func(src audit.Source, live *reader) error {
 		if live != nil {
-			if err := live.haveLedger(ctx); err != nil {
+			if err := live.haveLedger(); err != nil {
 				return err
 			}
 		}
@@ -362,14 +366,15 @@ func (a *app) watch(ctx context.Context, f *filter, p *printer, s *scan, at *int
 	events := r.client.Watch(clientv3.WithRequireLeader(ctx), s.keys.Chains(), clientv3.WithPrefix(), clientv3.WithRev(*at+1), clientv3.WithProgressNotify())
 	ticker := time.NewTicker(glance)
 	defer ticker.Stop()
-	for ticks := 1; ; {
+	for ticks, lost := 1, 0; ; {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-ticker.C:
-			if c, err := r.store.Client(ctx); err != nil {
-				return fmt.Errorf("%w: %w", errWatchLost, err)
-			} else if c != r.client {
+			// The client would try for ever to get its one connection back.
+			if r.client.ActiveConnection().GetState() == connectivity.Ready {
+				lost = 0
+			} else if lost++; lost > 1 {
 				return errWatchLost
 			}
 			if ticks++; ticks%probe == 0 {

@@ -186,7 +186,7 @@ func judge(err error) (code int, text, hint string) {
 func (a *app) complain(what, text string) {
 	text = strings.ReplaceAll(strings.TrimRight(text, "\n"), "\n", "\n  ")
 	text = strings.ReplaceAll(text, "\n    ", "\n  ") // was indented already
-	a.out.Flush() // what was said before comes before
+	a.out.Flush()                                     // what was said before comes before
 	fmt.Fprintf(a.err, "ledger: %s: %s\n", what, text)
 }
 

@@ -69,7 +69,8 @@ func TestScripts(t *testing.T) {
 			env.Setenv("LEDGER_OPERATOR_DIR", filepath.Join(env.WorkDir, "operator"))
 			env.Setenv("LEDGER_CONFIG", filepath.Join(env.WorkDir, "config.json"))
 			env.Setenv("TZ", "UTC")
-			return os.WriteFile(filepath.Join(env.WorkDir, "config.json"), []byte("{}"), 0o600)
+			env.Setenv("GORACE", "atexit_sleep_ms=0") // else each command takes a second
+			return writePrivate(filepath.Join(env.WorkDir, "config.json"), "{}")
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"etcd": func(ts *testscript.TestScript, neg bool, args []string) { of(ts).etcd(ts, neg, args) },
@@ -102,10 +103,13 @@ func of(ts *testscript.TestScript) *lab { return ts.Value(labKey{}).(*lab) }
 
 // lab is a script's etcd and nodes.
 type lab struct {
-	dir    string
-	member *etcdmember.Member
-	client *clientv3.Client
+	dir      string
+	endpoint string // empty: the member's
+	member   *etcdmember.Member
+	client   *clientv3.Client
 }
+
+func writePrivate(file, text string) error { return os.WriteFile(file, []byte(text), 0o600) }
 
 func (l *lab) close() {
 	if l.client != nil {
@@ -269,8 +273,21 @@ func (l *lab) onNode(now func() time.Time, args ...string) error {
 	if err != nil {
 		return err
 	}
-	store := etcdstore.New(etcdstore.Config{Endpoints: []string{l.member.Endpoint()}, DialTimeout: time.Second})
-	defer store.Close()
+	endpoint := l.endpoint
+	if endpoint == "" {
+		endpoint = l.member.Endpoint()
+	}
+	store := etcdstore.New(etcdstore.Config{Endpoints: []string{endpoint}, DialTimeout: time.Second})
+	defer func() {
+		// gRPC closes a connection that it has used: also a refused command's,
+		// which asked nothing.
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		if c, err := store.Client(ctx); err == nil {
+			_, _ = c.Get(ctx, "x")
+		}
+		store.Close()
+	}()
 	w, err := allocator.NewWriter(allocator.Config{
 		Writer: entry.Writer{Kind: entry.KindNode, Name: name}, Store: store, Dir: dir, Keys: labKeys, Now: now, Timeout: patience,
 		Random: func() uint64 { return 0 },

@@ -378,8 +378,8 @@ func (a *app) unclaim() *cobra.Command {
 			return usage("%q is no block: %q is no prefix without host bits", args[0], p[2])
 		}
 		b := keyspace.BlockID{Space: p[0], Pool: p[1], Prefix: prefix}
-		for what, name := range map[string]string{"space": p[0], "pool": p[1]} {
-			if err := entry.ValidateName(what, name); err != nil {
+		for i, what := range []string{"space", "pool"} {
+			if err := entry.ValidateName(what, p[i]); err != nil {
 				return usage("%q is no block: %w", args[0], err)
 			}
 		}
@@ -468,7 +468,7 @@ pod that gets it collides with it.`,
 				return usage("nobody to ask: standard input is no terminal; look with --dry-run, then say --yes")
 			}
 			a.say("%sa pod that still runs keeps using the address", b.String())
-			if !a.ask("release? [y/N] ") {
+			if !a.ask(ctx, "release? [y/N] ") {
 				return refuse("", "nothing was released")
 			}
 		}
@@ -485,15 +485,25 @@ pod that gets it collides with it.`,
 	return c
 }
 
-// ask waits for a y on the terminal.
-func (a *app) ask(question string) bool {
+// ask waits for a y on the terminal, or for an end of it all.
+func (a *app) ask(ctx context.Context, question string) bool {
 	fmt.Fprint(a.err, question)
-	line, err := bufio.NewReader(a.in).ReadString('\n')
-	if err != nil && line == "" {
+	answer := make(chan string, 1)
+	go func() {
+		line, _ := bufio.NewReader(a.in).ReadString('\n')
+		answer <- line
+	}()
+	select {
+	case <-ctx.Done():
 		fmt.Fprintln(a.err)
+		return false
+	case line := <-answer:
+		if line == "" {
+			fmt.Fprintln(a.err)
+		}
+		line = strings.ToLower(strings.TrimSpace(line))
+		return line == "y" || line == "yes"
 	}
-	line = strings.ToLower(strings.TrimSpace(line))
-	return line == "y" || line == "yes"
 }
 
 // lookUp runs f on a connection to an etcd that holds a ledger.
@@ -503,7 +513,7 @@ func (a *app) lookUp(ctx context.Context, f func(r *reader) error) error {
 		return err
 	}
 	defer r.store.Close()
-	if err := r.haveLedger(ctx); err != nil {
+	if err := r.haveLedger(); err != nil {
 		return err
 	}
 	return f(r)

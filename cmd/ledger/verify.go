@@ -224,7 +224,7 @@ func (a *app) runExport(ctx context.Context, file string, force bool) error {
 			return usage("an export is not for a terminal: name a file, or send it through a pipe")
 		}
 		return a.read(ctx, "", func(src audit.Source, live *reader) error {
-			if err := live.haveLedger(ctx); err != nil {
+			if err := live.haveLedger(); err != nil {
 				return err
 			}
 			err := audit.WriteExport(ctx, a.out, src)
@@ -241,7 +241,7 @@ func (a *app) runExport(ctx context.Context, file string, force bool) error {
 	var snap audit.Snapshot
 	var n countingWriter
 	err := a.read(ctx, "", func(src audit.Source, live *reader) error {
-		if err := live.haveLedger(ctx); err != nil {
+		if err := live.haveLedger(); err != nil {
 			return err
 		}
 		snap = src.Snapshot()

@@ -62,7 +62,9 @@ type session struct {
 	client   *clientv3.Client
 	endpoint string
 	dead     atomic.Bool
+	conn     net.Conn
 	cause    atomic.Pointer[error] // why the connection broke, where that has a name
+	refused  chan struct{}         // closed when cause is set
 }
 
 // New returns a Store that has not connected yet.
@@ -79,6 +81,7 @@ func (s *Store) Close() error {
 		return nil
 	}
 	err := s.session.client.Close()
+	s.session.conn.Close() // gRPC takes it with the first request only
 	s.session = nil
 	return err
 }
@@ -120,7 +123,7 @@ func (s *Store) connect(ctx context.Context, endpoint string) (*session, error) 
 	if err != nil {
 		return nil, err
 	}
-	se := &session{endpoint: endpoint}
+	se := &session{endpoint: endpoint, conn: conn, refused: make(chan struct{})}
 	once := make(chan net.Conn, 1)
 	once <- &watched{conn, se, s.cfg}
 	se.client, err = clientv3.New(clientv3.Config{
@@ -165,7 +168,9 @@ func (w *watched) Read(b []byte) (int, error) {
 	n, err := w.Conn.Read(b)
 	if err != nil && strings.Contains(err.Error(), "remote error: tls:") {
 		cause := explainTLS(err, w.cfg)
-		w.session.cause.Store(&cause)
+		if w.session.cause.CompareAndSwap(nil, &cause) {
+			close(w.session.refused)
+		}
 	}
 	return n, err
 }
@@ -297,6 +302,13 @@ func (s *Store) Read(ctx context.Context, serializable bool, gets []allocator.Ge
 			return nil, err
 		}
 		actx, cancel := context.WithTimeout(ctx, attempt)
+		go func(se *session) { // gRPC would go on trying until the deadline
+			select {
+			case <-se.refused:
+				cancel()
+			case <-actx.Done():
+			}
+		}(s.session)
 		resp, err := s.session.client.Txn(actx).Then(ops...).Commit()
 		cancel()
 		if err == nil {
