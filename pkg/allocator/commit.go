@@ -49,11 +49,7 @@ func (s *session) commit(v *view, c change) ([]entry.Ref, error) {
 			w.Closed, w.Recover = v.writer.Closed, v.writer.Recover
 		}
 	}
-	_, vkey, err := s.key()
-	if err != nil {
-		return nil, err
-	}
-	w.Key = vkey
+	w.Key = s.vkey
 	txn := Txn{If: []Compare{
 		{Key: s.Keys.Meta(), Mod: v.metaMod},
 		{Key: s.Keys.Writer(s.Config.Writer), Mod: v.writerMod},
@@ -204,18 +200,9 @@ func (s *session) startAnew(v *view) error {
 	return s.newMark(v, skey, entry.Ref{}, s.Config.Writer.Kind == entry.KindNode && (err != nil || len(held) > 0))
 }
 
-func (s *session) key() (skey, vkey string, err error) {
-	if skey, err = s.Dir.Key(); err != nil {
-		return "", "", fmt.Errorf("%w: %w", ErrIntegrity, err)
-	}
-	_, vkey, err = entry.ReadSigner(skey)
-	return skey, vkey, err
-}
-
 // open is the first entry of our chain.
 func (s *session) open(v *view) *entry.Entry {
-	_, vkey, _ := s.key()
-	e := &entry.Entry{Op: entry.Open, Writer: s.Config.Writer, Key: vkey, Cluster: v.meta.Cluster, Epoch: s.mark.Epoch}
+	e := &entry.Entry{Op: entry.Open, Writer: s.Config.Writer, Key: s.vkey, Cluster: v.meta.Cluster, Epoch: s.mark.Epoch}
 	if v.writer != nil {
 		e.Predecessor = v.writer.Head()
 	}

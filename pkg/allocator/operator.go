@@ -191,8 +191,8 @@ func (w *Writer) Unclaim(ctx context.Context, b keyspace.BlockID, reason string)
 				return err
 			}
 			for ip, a := range k.addrs {
-				if a.bad || a.State == keyspace.Leased {
-					return fmt.Errorf("%w: %v of block %v is leased by %v", ErrConflict, ip, b, a.Holder)
+				if a.load().bad || a.value.State == keyspace.Leased {
+					return fmt.Errorf("%w: %v of block %v is leased by %v", ErrConflict, ip, b, a.value.Holder)
 				}
 			}
 			e := &entry.Entry{Op: entry.Unclaim, Space: b.Space, Pool: b.Pool, Node: claim.Node, Reason: reason}

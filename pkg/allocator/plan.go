@@ -19,16 +19,27 @@ import (
 
 // known is what has been read of a pool.
 type known struct {
-	addrs     map[netip.Addr]knownAddress
+	addrs     map[netip.Addr]*knownAddress
 	covered   []netipx.IPRange // an address in here and not in addrs was never held
 	blocks    map[netip.Prefix]knownBlock
 	allBlocks bool // a block that is not in blocks is not claimed
 }
 
+// knownAddress is an address that was held at least once. Its value is decoded
+// when a choice depends on it: mostly there is one that was never held.
 type knownAddress struct {
-	keyspace.Address
-	mod int64
-	bad bool // the value does not decode: nobody's, and not to be handed out
+	mod   int64
+	raw   []byte // not decoded yet
+	value keyspace.Address
+	bad   bool // the value does not decode: nobody's, and not to be handed out
+}
+
+func (a *knownAddress) load() *knownAddress {
+	if a.raw != nil {
+		a.bad = decodeAddress(a.raw, &a.value) != nil
+		a.raw = nil
+	}
+	return a
 }
 
 type knownBlock struct {
@@ -37,7 +48,7 @@ type knownBlock struct {
 }
 
 func newKnown() *known {
-	return &known{addrs: map[netip.Addr]knownAddress{}, blocks: map[netip.Prefix]knownBlock{}}
+	return &known{addrs: map[netip.Addr]*knownAddress{}, blocks: map[netip.Prefix]knownBlock{}}
 }
 
 // need is what a planner wants to know next.
@@ -126,19 +137,22 @@ func (q *question) requestedIn(set *RangeSet, ip netip.Addr, k *known) (choice, 
 		return choice{}, &need{addrs: []netipx.IPRange{one}}, nil
 	}
 	a, ok := k.addrs[ip]
-	switch {
-	case ok && a.bad:
-		return choice{}, nil, fmt.Errorf("%w: the stored value of %v cannot be read; run 'ledger verify'", ErrNotAvailable, ip)
-	case ok && a.State == keyspace.Leased:
-		return choice{}, nil, fmt.Errorf("%w: %v is held by %v", ErrNotAvailable, ip, a.Holder)
-	case ok && a.held(q.now):
-		return choice{}, nil, fmt.Errorf("%w: %v was released and is held back until %s", ErrNotAvailable, ip, a.HeldUntil.Format(time.RFC3339))
+	if !ok {
+		return choice{ip: ip, lease: g.lease(ip)}, nil, nil
 	}
-	return choice{ip: ip, lease: g.lease(ip), mod: a.mod, after: a.Release}, nil, nil
+	switch a.load(); {
+	case a.bad:
+		return choice{}, nil, fmt.Errorf("%w: the stored value of %v cannot be read; run 'ledger verify'", ErrNotAvailable, ip)
+	case a.value.State == keyspace.Leased:
+		return choice{}, nil, fmt.Errorf("%w: %v is held by %v", ErrNotAvailable, ip, a.value.Holder)
+	case a.held(q.now):
+		return choice{}, nil, fmt.Errorf("%w: %v was released and is held back until %s", ErrNotAvailable, ip, a.value.HeldUntil.Format(time.RFC3339))
+	}
+	return choice{ip: ip, lease: g.lease(ip), mod: a.mod, after: a.value.Release}, nil, nil
 }
 
 func (a *knownAddress) held(now time.Time) bool {
-	return a.HeldUntil != nil && a.HeldUntil.After(now)
+	return a.value.HeldUntil != nil && a.value.HeldUntil.After(now)
 }
 
 // choose is steps 2 to 5.
@@ -205,8 +219,13 @@ func (q *question) borrow(set *RangeSet, k *known) (choice, *need, error) {
 			end = gap.From().Prev()
 		}
 		for ip := g.From(); scan && !q.pool.Strict && ip.IsValid() && ip.Compare(end) <= 0; ip = ip.Next() {
-			if a, ok := k.addrs[ip]; !ok || a.free(q.now) {
-				free = append(free, choice{ip: ip, lease: g.lease(ip), mod: a.mod, after: a.Release})
+			c := choice{ip: ip, lease: g.lease(ip)}
+			a, ok := k.addrs[ip]
+			if ok {
+				c.mod, c.after = a.mod, a.load().value.Release
+			}
+			if !ok || a.free(q.now) {
+				free = append(free, c)
 				if len(free) == want {
 					return free[q.random%uint64(want)], nil, nil
 				}
@@ -224,7 +243,7 @@ func (q *question) borrow(set *RangeSet, k *known) (choice, *need, error) {
 
 // free reports whether an address that was held before may be handed out.
 func (a *knownAddress) free(now time.Time) bool {
-	return !a.bad && a.State == keyspace.Free && !a.held(now)
+	return !a.load().bad && a.value.State == keyspace.Free && !a.held(now)
 }
 
 // inBlock chooses in one block: the lowest that was never held, else the one
@@ -240,14 +259,18 @@ func (q *question) inBlock(set *RangeSet, p netip.Prefix, parts []netipx.IPRange
 		return choice{}, &n
 	}
 	var best netip.Addr
-	var oldest knownAddress
+	var oldest *knownAddress
 	for _, part := range parts {
 		for ip := part.From(); ip.IsValid() && ip.Compare(part.To()) <= 0; ip = ip.Next() {
-			a, ok := k.addrs[ip]
+			_, ok := k.addrs[ip]
 			if !ok {
 				return choice{ip: ip, lease: set.segmentOf(ip).lease(ip), block: p}, nil
 			}
-			if a.free(q.now) && (!best.IsValid() || a.mod < oldest.mod) {
+		}
+	}
+	for _, part := range parts {
+		for ip := part.From(); ip.IsValid() && ip.Compare(part.To()) <= 0; ip = ip.Next() {
+			if a := k.addrs[ip]; (oldest == nil || a.mod < oldest.mod) && a.free(q.now) {
 				best, oldest = ip, a
 			}
 		}
@@ -255,7 +278,7 @@ func (q *question) inBlock(set *RangeSet, p netip.Prefix, parts []netipx.IPRange
 	if !best.IsValid() {
 		return choice{}, nil
 	}
-	return choice{ip: best, lease: set.segmentOf(best).lease(best), mod: oldest.mod, after: oldest.Release, block: p}, nil
+	return choice{ip: best, lease: set.segmentOf(best).lease(best), mod: oldest.mod, after: oldest.value.Release, block: p}, nil
 }
 
 func (q *question) exhausted(set *RangeSet, k *known, counted bool) error {
@@ -264,10 +287,10 @@ func (q *question) exhausted(set *RangeSet, k *known, counted bool) error {
 		if set.segmentOf(ip) == nil {
 			continue
 		}
-		switch {
+		switch a.load(); {
 		case a.bad:
 			bad++
-		case a.State == keyspace.Leased:
+		case a.value.State == keyspace.Leased:
 			leased++
 		case a.held(q.now):
 			held++

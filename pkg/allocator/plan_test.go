@@ -15,7 +15,7 @@ import (
 )
 
 // answer plays the store for the planner: it reads what is needed from maps.
-func answer(t *rapid.T, q *question, addrs map[netip.Addr]knownAddress, blocks map[netip.Prefix]knownBlock) ([]choice, int, error) {
+func answer(t *rapid.T, q *question, addrs map[netip.Addr]*knownAddress, blocks map[netip.Prefix]knownBlock) ([]choice, int, error) {
 	k := newKnown()
 	for reads := 0; ; reads++ {
 		if reads > 500 {
@@ -55,6 +55,13 @@ func answer(t *rapid.T, q *question, addrs map[netip.Addr]knownAddress, blocks m
 	}
 }
 
+func modOf(a *knownAddress) int64 {
+	if a == nil {
+		return 0
+	}
+	return a.mod
+}
+
 func sortAddrs(a []netip.Addr) {
 	for i := range a {
 		for j := i; j > 0 && a[j].Less(a[j-1]); j-- {
@@ -85,7 +92,7 @@ func TestPlan(t *testing.T) {
 		}
 		set := &pool.Sets[0]
 		now := time.Unix(1_000_000, 0)
-		addrs, blocks := map[netip.Addr]knownAddress{}, map[netip.Prefix]knownBlock{}
+		addrs, blocks := map[netip.Addr]*knownAddress{}, map[netip.Prefix]knownBlock{}
 		free := map[netip.Addr]bool{}
 		for ip := all.From(); all.Contains(ip); ip = ip.Next() {
 			usable := set.segmentOf(ip) != nil
@@ -98,13 +105,13 @@ func TestPlan(t *testing.T) {
 			case 0:
 				free[ip] = usable
 			case 1:
-				addrs[ip] = knownAddress{Address: keyspace.Address{State: keyspace.Free}, mod: int64(rapid.IntRange(1, 50).Draw(t, "mod"))}
+				addrs[ip] = &knownAddress{value: keyspace.Address{State: keyspace.Free}, mod: int64(rapid.IntRange(1, 50).Draw(t, "mod"))}
 				free[ip] = usable
 			case 2:
 				until := now.Add(time.Minute)
-				addrs[ip] = knownAddress{Address: keyspace.Address{State: keyspace.Free, HeldUntil: &until}, mod: 3}
+				addrs[ip] = &knownAddress{value: keyspace.Address{State: keyspace.Free, HeldUntil: &until}, mod: 3}
 			case 3:
-				addrs[ip] = knownAddress{Address: keyspace.Address{State: keyspace.Leased, Holder: &keyspace.AttachmentID{}}, mod: 3}
+				addrs[ip] = &knownAddress{value: keyspace.Address{State: keyspace.Leased, Holder: &keyspace.AttachmentID{}}, mod: 3}
 			}
 		}
 		q := &question{pool: pool, node: "me", now: now, lost: rapid.IntRange(0, 3).Draw(t, "lost"), random: rapid.Uint64().Draw(t, "random")}
@@ -141,7 +148,7 @@ func TestPlan(t *testing.T) {
 			t.Fatalf("%d addresses are free, and the answer is %v", len(free), err)
 		}
 		c := choices[0]
-		if !free[c.ip] || rank(c.ip) != best || c.mod != addrs[c.ip].mod || c.claim != (best == 1) || (c.own != 0) != (best == 0) {
+		if !free[c.ip] || rank(c.ip) != best || c.mod != modOf(addrs[c.ip]) || c.claim != (best == 1) || (c.own != 0) != (best == 0) {
 			t.Fatalf("chose %+v, which is free: %v, of kind %d, where kind %d has one", c, free[c.ip], rank(c.ip), best)
 		}
 	})

@@ -277,12 +277,12 @@ func (s *session) follow(v *view, tail Range) error {
 	if hash != w.Hash {
 		return s.unfit(v, "its head hash is %s, and entry %d has %s", w.Hash, seq, hash)
 	}
+	if seq == s.mark.Seq {
+		return nil // these are the very bytes that we committed
+	}
 	// The head's signature covers, by the hashes, all that leads to it.
 	if err := entry.Verify(stored, s.verify); err != nil {
 		return s.unfit(v, "head, entry %d: %v", seq, err)
-	}
-	if seq == s.mark.Seq {
-		return nil
 	}
 	var err error
 	if head, err = entry.Parse(stored); err != nil {
@@ -407,12 +407,7 @@ func (s *session) learn(k *known, n *need, answers []Range) error {
 				}
 				k.blocks[key.Block.Prefix] = knownBlock{b.Node, kv.Mod}
 			case "addresses":
-				a := knownAddress{mod: kv.Mod}
-				if err := decodeAddress(kv.Value, &a.Address); err != nil {
-					s.Log.Warn("an address that cannot be read", "key", kv.Key, "err", err)
-					a.bad = true
-				}
-				k.addrs[key.IP] = a
+				k.addrs[key.IP] = &knownAddress{mod: kv.Mod, raw: kv.Value, bad: len(kv.Value) == 0}
 			}
 		}
 	}

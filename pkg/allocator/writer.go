@@ -79,6 +79,7 @@ type session struct {
 	mark   *statedir.Mark // nil until the writer has an identity
 	signer note.Signer
 	verify note.Verifier
+	vkey   string
 	// broken says why this writer's identity cannot be used. Only an operator's
 	// 'node replace', which a view shows, helps.
 	broken error
@@ -203,6 +204,6 @@ func (s *session) useKey(skey string) error {
 	if err != nil {
 		return fmt.Errorf("signing key in %s: %w", s.Dir.Path(), err)
 	}
-	s.signer, s.verify = signer, verify
+	s.signer, s.verify, s.vkey = signer, verify, vkey
 	return nil
 }

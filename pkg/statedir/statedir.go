@@ -3,9 +3,9 @@
 //
 //	lock           flock held around view, commit and mark; released by the kernel with the process
 //	key            the signing key, mode 0600, written once and fsynced
-//	mark           identity and the last commit, replaced by rename, not fsynced
+//	mark           identity and the last commit, written in place, not fsynced
 //	mark.synced    the first mark of each boot and chain, fsynced
-//	open           hash of a commit that was sent and whose outcome is not known yet
+//	open           hash of a commit that was sent and whose outcome is not known yet, or "-"
 //	queue/         releases that could not be committed, one file each, fsynced
 //	holdings/      what each attachment was told it has, one file each
 //	blocks         which blocks to look at first
@@ -13,8 +13,10 @@
 //
 // # Guarantees
 //
-// A process killed at any instant leaves each file whole, old or new. A power
-// loss may leave files that are not fsynced old, empty or torn; mark carries a
+// A process killed at any instant leaves each file whole, old or new: mark and
+// open, which each commit writes, are single writes within one page, as making
+// files would cost more than the commit; the others are replaced by rename. A
+// power loss may leave files that are not fsynced old, empty or torn; mark carries a
 // checksum, and mark.synced stands in where it does not hold. That an older mark
 // comes back is harmless: whoever finds another boot than the mark's fences
 // first, and the chain leads from the old mark to the head.
@@ -24,6 +26,7 @@
 package statedir
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -157,9 +160,10 @@ func (d *Dir) readMark(name string) (*Mark, error) {
 		return nil, fmt.Errorf("state directory: %w", err)
 	}
 	body, sum, ok := strings.Cut(string(b), "\n")
+	sum, _, _ = strings.Cut(sum, "\n") // the rest is padding
 	want := sha256.Sum256([]byte(body))
 	m := new(Mark)
-	if !ok || sum != hex.EncodeToString(want[:])+"\n" || json.Unmarshal([]byte(body), m) != nil {
+	if !ok || sum != hex.EncodeToString(want[:]) || json.Unmarshal([]byte(body), m) != nil {
 		return nil, fmt.Errorf("%w: %s holds %d bytes that its checksum does not fit", ErrTorn, d.file(name), len(b))
 	}
 	return m, nil
@@ -171,6 +175,10 @@ func (d *Dir) SaveMark(m *Mark, durable bool) error {
 	body := keyspace.Encode(m)
 	sum := sha256.Sum256(body)
 	b := append(append(body, '\n'), hex.EncodeToString(sum[:])+"\n"...)
+	if len(b) > markSize {
+		return fmt.Errorf("state directory: a mark of %d bytes: at most %d", len(b), markSize)
+	}
+	b = append(b, bytes.Repeat([]byte{'\n'}, markSize-len(b))...)
 	if durable {
 		// The second name first: a crash in between leaves a newer stand-in
 		// beside an older mark, and readers prefer the mark.
@@ -179,7 +187,24 @@ func (d *Dir) SaveMark(m *Mark, durable bool) error {
 		}
 		return d.writeSynced("mark", b)
 	}
-	return d.replace("mark", b)
+	return d.overwrite("mark", b)
+}
+
+// markSize is a mark's size with its padding: one page, so that a process cannot
+// be killed in the middle of writing it.
+const markSize = 2048
+
+// overwrite writes a small file in place, without fsync.
+func (d *Dir) overwrite(name string, b []byte) error {
+	f, err := os.OpenFile(d.file(name), os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		return fmt.Errorf("state directory: %w", err)
+	}
+	defer f.Close()
+	if _, err := f.WriteAt(b, 0); err != nil {
+		return fmt.Errorf("state directory: %w", err)
+	}
+	return nil
 }
 
 // replace writes by rename, without fsync.
@@ -243,29 +268,29 @@ func (d *Dir) SaveKey(skey string) error { return d.writeSynced("key", []byte(sk
 
 // Begin notes the hash of a commit that is about to be sent.
 func (d *Dir) Begin(h entry.Hash) error {
-	if err := os.WriteFile(d.file("open"), []byte(h.String()+"\n"), 0o600); err != nil {
-		return fmt.Errorf("state directory: %w", err)
-	}
-	return nil
+	return d.overwrite("open", []byte(h.String()+"\n"))
 }
+
+// nothingOpen is as long as a hash, so that it covers one.
+var nothingOpen = strings.Repeat("-", 2*sha256.Size) + "\n"
 
 // Pending reports whether a commit's outcome is unknown.
 func (d *Dir) Pending() (bool, error) {
-	_, err := os.Lstat(d.file("open"))
+	b, err := os.ReadFile(d.file("open"))
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	} else if err != nil {
 		return false, fmt.Errorf("state directory: %w", err)
 	}
-	return true, nil
+	return string(b) != nothingOpen, nil // a torn one counts
 }
 
 // Settled notes that the outcome is known.
 func (d *Dir) Settled() error {
-	if err := os.Remove(d.file("open")); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("state directory: %w", err)
+	if pending, err := d.Pending(); err != nil || !pending {
+		return err
 	}
-	return nil
+	return d.overwrite("open", []byte(nothingOpen))
 }
 
 // Queued is a release that waits for etcd.
