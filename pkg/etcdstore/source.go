@@ -6,6 +6,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
@@ -77,13 +80,17 @@ func (s *Source) page(ctx context.Context, from, end string, limit int64, opts .
 		// A member that lags has not seen the revision yet: ask linearizable.
 		r, err = s.client.Get(ctx, from, opts[:len(opts)-1]...)
 	}
-	switch {
-	case errors.Is(err, rpctypes.ErrCompacted):
-		return nil, false, fmt.Errorf("%w (%d)", ErrCompacted, s.snapshot.Revision)
-	case err != nil:
-		return nil, false, explain(err)
+	if err != nil {
+		return nil, false, s.failed(err)
 	}
 	return r.Kvs, r.More, nil
+}
+
+func (s *Source) failed(err error) error {
+	if errors.Is(err, rpctypes.ErrCompacted) {
+		return fmt.Errorf("%w (%d)", ErrCompacted, s.snapshot.Revision)
+	}
+	return explain(err)
 }
 
 func record(kv *mvccpb.KeyValue) audit.Record {
@@ -103,7 +110,7 @@ func (s *Source) Entries(ctx context.Context, f func(audit.Record) error) error 
 	if err != nil {
 		return err
 	}
-	page := int64(min(2000, max(16, 100_000/max(1, len(chains)))))
+	page := uint64(min(1000, max(16, 30_000/max(1, len(chains)))))
 	var h cursors
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -146,33 +153,91 @@ func (s *Source) Entries(ctx context.Context, f func(audit.Record) error) error 
 	return nil
 }
 
-// chains finds the key ranges of all chains by leaping from one to the next; a
-// key that belongs to none is a range of its own.
+// chains finds the key ranges of all chains; a key that belongs to none is a range
+// of its own. It looks at the first key of each writer's range and of the gaps
+// between them, which are empty in a sound ledger, and behind each chain found:
+// etcd counts a range to its end, however few of its keys are asked for, so that
+// leaping through all of chains/ would cost its size at each leap.
 func (s *Source) chains(ctx context.Context) ([][2]string, error) {
-	var out [][2]string
-	end := keyspace.After(s.keys.Chains())
-	for from := s.keys.Chains(); ; {
-		kvs, _, err := s.page(ctx, from, end, 1, clientv3.WithKeysOnly())
+	var writers []string
+	for from := s.keys.Writers(); ; {
+		kvs, more, err := s.page(ctx, from, keyspace.After(s.keys.Writers()), statePage, clientv3.WithKeysOnly())
 		if err != nil {
 			return nil, err
 		}
-		if len(kvs) == 0 {
-			return out, nil
+		for _, kv := range kvs {
+			k, err := s.keys.Parse(string(kv.Key))
+			if err != nil {
+				continue // a finding, and not the name of a writer
+			}
+			writers = append(writers, s.keys.Chains()+k.Writer.String()+"/")
 		}
-		first, next := string(kvs[0].Key), string(kvs[0].Key)+"\x00"
-		if k, err := s.keys.Parse(first); err == nil {
-			next = keyspace.After(s.keys.Chain(k.Writer, k.Chain))
+		if !more {
+			break
 		}
-		out = append(out, [2]string{first, next})
-		from = next
+		from = string(kvs[len(kvs)-1].Key) + "\x00"
 	}
+	slices.Sort(writers) // with the slash, "a-b/" comes before "a/"
+	var spans [][2]string
+	at := s.keys.Chains()
+	for _, own := range writers {
+		spans = append(spans, [2]string{at, own}, [2]string{own, keyspace.After(own)})
+		at = keyspace.After(own)
+	}
+	spans = append(spans, [2]string{at, keyspace.After(s.keys.Chains())})
+
+	var out [][2]string
+	for len(spans) > 0 {
+		var behind [][2]string
+		for part := range slices.Chunk(spans, maxOps) {
+			firsts, err := s.firsts(ctx, part)
+			if err != nil {
+				return nil, err
+			}
+			for i, first := range firsts {
+				if first == "" {
+					continue
+				}
+				next := first + "\x00"
+				if k, err := s.keys.Parse(first); err == nil {
+					next = min(keyspace.After(s.keys.Chain(k.Writer, k.Chain)), part[i][1])
+				}
+				out = append(out, [2]string{first, next})
+				behind = append(behind, [2]string{next, part[i][1]})
+			}
+		}
+		spans = behind
+	}
+	return out, nil
+}
+
+// maxOps is below etcd's --max-txn-ops of 128.
+const maxOps = 100
+
+// firsts reads the first key of each span, "" where there is none.
+func (s *Source) firsts(ctx context.Context, spans [][2]string) ([]string, error) {
+	ops := make([]clientv3.Op, len(spans))
+	for i, span := range spans {
+		ops[i] = clientv3.OpGet(span[0], clientv3.WithRange(span[1]), clientv3.WithRev(s.snapshot.Revision), clientv3.WithLimit(1), clientv3.WithKeysOnly())
+	}
+	r, err := s.client.Txn(ctx).Then(ops...).Commit()
+	if err != nil {
+		return nil, s.failed(err)
+	}
+	out := make([]string, len(spans))
+	for i, x := range r.Responses {
+		if kvs := x.GetResponseRange().Kvs; len(kvs) > 0 {
+			out[i] = string(kvs[0].Key)
+		}
+	}
+	return out, nil
 }
 
 // cursor walks one chain, a page ahead of its reader.
 type cursor struct {
 	source *Source
 	end    string
-	limit  int64
+	limit  uint64
 	kvs    []*mvccpb.KeyValue
 	next   chan fetched // nil: no more
 }
@@ -183,10 +248,29 @@ type fetched struct {
 	err  error
 }
 
+// fetch reads the next page. A chain's keys are consecutive, so the page has an
+// end that etcd need not count beyond; where that leaves it short, the rest of
+// the range is looked at.
 func (c *cursor) fetch(ctx context.Context, from string) {
 	go func() {
 		var p fetched
-		p.kvs, p.more, p.err = c.source.page(ctx, from, c.end, c.limit)
+		end := c.end
+		if i := strings.LastIndexByte(from, '/') + 1; len(from) >= i+16 {
+			if seq, err := strconv.ParseUint(from[i:i+16], 16, 64); err == nil && seq < 1<<63 {
+				end = min(c.end, from[:i]+fmt.Sprintf("%016x", seq+c.limit+1))
+			}
+		}
+		p.kvs, p.more, p.err = c.source.page(ctx, from, end, int64(c.limit))
+		if p.err == nil && !p.more && end < c.end {
+			if uint64(len(p.kvs)) >= c.limit-1 {
+				p.more = true
+			} else {
+				rest := end
+				var more []*mvccpb.KeyValue
+				more, p.more, p.err = c.source.page(ctx, rest, c.end, int64(c.limit))
+				p.kvs = append(p.kvs, more...)
+			}
+		}
 		c.next <- p
 	}()
 }
