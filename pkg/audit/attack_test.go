@@ -746,7 +746,7 @@ func TestAttacks(t *testing.T) {
 	}
 	for _, change := range []func([]byte) []byte{
 		func(b []byte) []byte { return append(b, 'x') },
-		func(b []byte) []byte { b[bytes.LastIndex(b, []byte(`"sha256":"`))+10] ^= 1; return b },
+		func(b []byte) []byte { b[bytes.LastIndex(b, []byte(`"crc32c":"`))+10] ^= 1; return b },
 	} {
 		e := exportOf(t, change(export(t, honest)))
 		r, err := Verify(context.Background(), e, Options{})

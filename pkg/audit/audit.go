@@ -56,13 +56,10 @@
 // H has the Snapshot as JSON: {"prefix":…,"etcdCluster":…,"revision":…,"taken":…}.
 // E frames are the keys below chains/ in commit order (mod revision, then key),
 // S frames all other keys below the prefix in key order. Z has JSON
-// {"entries":N,"state":N,"sha256":"64 hex digits"}: how many E and S frames there
-// are, and the SHA-256 of all bytes before the Z frame. So
-//
-//	head -c OFFSET-OF-Z FILE | sha256sum
-//
-// prints what Z holds. It guards against accidents of storage; what guards
-// against people are the entries' own signatures.
+// {"entries":N,"state":N,"crc32c":"8 hex digits"}: how many E and S frames there
+// are, and the CRC-32C (RFC 9260, appendix A) of all bytes before the Z frame. It
+// guards against accidents of storage; what guards against people are the entries'
+// own hashes and signatures, and the replay.
 package audit
 
 import (
