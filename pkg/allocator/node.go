@@ -136,12 +136,12 @@ func (s *session) tryAcquire(req *Request, q question, serializable bool) (*keys
 	} else if err := s.learn(k, &first, v.extra[1:]); err != nil {
 		return nil, err
 	}
-	choices, err := s.choose(&q, k, serializable)
+	choices, err := s.choose(&q, k, serializable, v.revision)
 	if err != nil {
 		return nil, err
 	}
 
-	value := keyspace.Attachment{Space: q.pool.Space, Pool: q.pool.Name, Hold: int64(q.pool.Hold / time.Second), Pod: req.Pod, PodUID: req.PodUID}
+	value := keyspace.Attachment{Space: q.pool.Space, Pool: q.pool.Name, Hold: int64((q.pool.Hold + time.Second - 1) / time.Second), Pod: req.Pod, PodUID: req.PodUID}
 	e := &entry.Entry{
 		Op: entry.Acquire, Space: q.pool.Space, Pool: q.pool.Name,
 		Network: req.ID.Network, Container: req.ID.Container, Interface: req.ID.Interface, Node: req.ID.Node,
@@ -158,7 +158,7 @@ func (s *session) tryAcquire(req *Request, q question, serializable bool) (*keys
 		case c.claim && !slices.Contains(claims, block):
 			claims = append(claims, block)
 			e.Blocks = append(e.Blocks, c.block)
-			change.compare = append(change.compare, Compare{Key: s.Keys.Block(block), Mod: k.blocks[c.block].mod})
+			change.compare = append(change.compare, Compare{Key: s.Keys.Block(block)})
 		case c.own != 0:
 			change.compare = append(change.compare, Compare{Key: s.Keys.Block(block), Mod: c.own})
 		}
@@ -194,17 +194,30 @@ func (s *session) hold(id keyspace.AttachmentID, value keyspace.Attachment) erro
 	return nil
 }
 
-// choose plans, reading what the planner needs.
-func (s *session) choose(q *question, k *known, serializable bool) ([]choice, error) {
+// choose plans, reading what the planner needs. revision is that of what is known.
+//
+// A choice may rest on reads at several revisions, as the commit compares each key
+// of it. "Exhausted" may not: an address that goes from here to there, always free,
+// would be missed in both places. So that is read again at one revision.
+func (s *session) choose(q *question, k *known, serializable bool, revision int64) ([]choice, error) {
+	one := true
 	for {
 		choices, n, err := plan(q, k)
-		if err != nil || n == nil {
+		if errors.Is(err, ErrExhausted) && !one && !serializable {
+			n, k, one = &need{allBlocks: true}, newKnown(), true
+			for i := range q.pool.Sets {
+				n.addrs = append(n.addrs, q.pool.Sets[i].Spans()...)
+			}
+			revision = 0
+		} else if err != nil || n == nil {
 			return choices, err
 		}
 		r, err := s.Store.Read(s.ctx, serializable, s.gets(q.pool, n))
 		if err != nil {
 			return nil, err
 		}
+		one = one && (revision == 0 || r.Revision == revision)
+		revision = r.Revision
 		if err := s.learn(k, n, r.Ranges); err != nil {
 			return nil, err
 		}

@@ -216,7 +216,9 @@ func (w *Writer) enterEpoch(ctx context.Context, out *Recovery) error {
 			}
 			// From here the new mark holds, and the usual checks apply.
 			s.restored = false
-			if v, err = s.look(false); err != nil {
+			if v, err = s.look(false); errors.Is(err, errRollback) {
+				return fmt.Errorf("%w; this restore came after the recovery to epoch %d: 'ledger recover start' comes first, once more", err, s.mark.Epoch)
+			} else if err != nil {
 				return err
 			}
 			if s.mark.Seq > 0 {

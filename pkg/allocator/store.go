@@ -97,7 +97,7 @@ var (
 	ErrIntegrity      = errors.New("ledger refuses")
 	ErrNotInitialised = errors.New("ledger is not initialised")
 	ErrUnknownOutcome = errors.New("not confirmed by etcd")
-	ErrState          = errors.New("state directory")
+	ErrState          = errors.New("local state cannot be used")
 	ErrConflict       = errors.New("conflict") // operators: something changed in between
 	ErrNotFound       = errors.New("not found")
 )

@@ -121,6 +121,7 @@ type Network struct {
 // loader carries what is the same for all parts of one configuration.
 type loader struct {
 	lenient  bool
+	del      bool
 	command  bool
 	sets     []string // where each range set was written
 	warnings []string
@@ -168,7 +169,7 @@ var (
 // LoadNetwork reads the network configuration that a runtime gave to the plugin
 // for verb (ADD, DEL, …) on standard input, and the runtime's CNI_ARGS.
 func LoadNetwork(verb string, stdin []byte, cniArgs string) (*Network, error) {
-	l := &loader{lenient: verb != "ADD"}
+	l := &loader{lenient: verb != "ADD", del: verb == "DEL"}
 	top, err := parse("network configuration", "", stdin)
 	if err != nil {
 		return nil, err

@@ -133,7 +133,7 @@ func (l *loader) readLayer(o *object) (layer, error) {
 
 // readFile reads the configuration file path; from says who named it.
 func (l *loader) readFile(path, from string) (layer, error) {
-	doc, err := readPrivate(path, from)
+	doc, err := l.readPrivate(path, from)
 	if err != nil {
 		return nil, err
 	}
@@ -149,7 +149,7 @@ func (l *loader) readFile(path, from string) (layer, error) {
 
 // readPrivate returns the contents of a file that only its owner may use. It
 // looks at the file that it opened, not at whatever has its name by then.
-func readPrivate(path, from string) ([]byte, error) {
+func (l *loader) readPrivate(path, from string) ([]byte, error) {
 	// A pipe must not hold up a pod: open without waiting, then refuse it.
 	f, err := openFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
@@ -160,7 +160,7 @@ func readPrivate(path, from string) ([]byte, error) {
 	if err != nil {
 		return nil, fileErr(from, path, err)
 	}
-	if err := private(from, path, info); err != nil {
+	if err := l.private(from, path, info); err != nil {
 		return nil, err
 	}
 	doc, err := io.ReadAll(io.LimitReader(f, maxFile+1))
@@ -187,12 +187,18 @@ func fileErr(from, path string, err error) error {
 	return invalid("%s: cannot read %.300q: %v; %s", from, path, reason, remedy)
 }
 
-func private(from, path string, info fs.FileInfo) error {
+// private refuses a file that others can use. Only a DEL goes on with a warning:
+// the secret is out already, and the pod must not hang.
+func (l *loader) private(from, path string, info fs.FileInfo) error {
 	if !info.Mode().IsRegular() {
 		return invalid("%s: %s is not a regular file", from, path)
 	}
 	if mode := info.Mode().Perm(); mode&0o077 != 0 {
-		return invalid("%s: %s has mode %04o, so others can use it: run chmod 600 %s", from, path, mode, path)
+		err := invalid("%s: %s has mode %04o, so others can use it: run chmod 600 %s", from, path, mode, path)
+		if l.del {
+			return l.soft(err)
+		}
+		return err
 	}
 	return nil
 }
@@ -396,7 +402,7 @@ func (l *loader) credentials(s *Settings, all layer) error {
 			// for here to decide.
 			err = l.soft(fileErr(g.from, g.text, err))
 		case key == "keyFile" || key == "passwordFile":
-			err = private(g.from, g.text, info)
+			err = l.private(g.from, g.text, info)
 		case !info.Mode().IsRegular():
 			err = invalid("%s: %s is not a regular file", g.from, g.text)
 		}

@@ -100,11 +100,17 @@ func TestModes(t *testing.T) {
 	for _, mode := range []os.FileMode{0o640, 0o604, 0o644, 0o620, 0o610, 0o666} {
 		path := config(mode)
 		want := fmt.Sprintf("%s has mode %04o, so others can use it: run chmod 600 %s", path, mode, path)
-		for _, verb := range []string{"ADD", "DEL"} {
-			_, err := LoadNetwork(verb, fmt.Appendf(nil, `{"name": "prod", "ipam": {"pool": "p", "configFile": %q}}`, path), "")
+		conf := fmt.Appendf(nil, `{"name": "prod", "ipam": {"pool": "p", "configFile": %q}}`, path)
+		for _, verb := range []string{"ADD", "CHECK", "GC", "STATUS"} {
+			_, err := LoadNetwork(verb, conf, "")
 			fails(t, err, 7, "ipam.configFile: "+want)
 		}
-		_, err := LoadCommand(path, Settings{}, nil)
+		// A DEL goes on: a pod must not hang in Terminating for it.
+		n, err := LoadNetwork("DEL", conf, "")
+		if err != nil || len(n.Warnings) != 1 || !strings.Contains(n.Warnings[0], want) {
+			t.Errorf("DEL with a file that others can read: %v, %v", n, err)
+		}
+		_, err = LoadCommand(path, Settings{}, nil)
 		fails(t, err, 7, "--config: "+want)
 		_, err = LoadCommand("", Settings{}, environment(map[string]string{"LEDGER_CONFIG": path}))
 		fails(t, err, 7, "LEDGER_CONFIG: "+want)

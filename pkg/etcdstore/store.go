@@ -23,6 +23,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"math/rand/v2"
 	"net"
@@ -61,10 +62,29 @@ type Store struct {
 type session struct {
 	client   *clientv3.Client
 	endpoint string
-	dead     atomic.Bool
 	conn     net.Conn
+	dead     context.Context // done when the connection is
+	die      context.CancelFunc
 	cause    atomic.Pointer[error] // why the connection broke, where that has a name
-	refused  chan struct{}         // closed when cause is set
+}
+
+// bound is ctx, ended also when the connection is: etcd's client would wait for
+// another until the deadline, and there will be none.
+func (s *session) bound(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(ctx)
+	stop := context.AfterFunc(s.dead, cancel)
+	return ctx, func() { stop(); cancel() }
+}
+
+// why is the error of a request on the connection.
+func (s *session) why(err error) error {
+	if s.dead.Err() == nil {
+		return explain(err)
+	}
+	if cause := s.cause.Load(); cause != nil {
+		return *cause
+	}
+	return fmt.Errorf("the connection broke: %w", err)
 }
 
 // New returns a Store that has not connected yet.
@@ -97,7 +117,7 @@ func (s *Store) Client(ctx context.Context) (*clientv3.Client, error) {
 
 // Connect dials the endpoints in turn until one answers.
 func (s *Store) Connect(ctx context.Context) error {
-	if s.session != nil && !s.session.dead.Load() {
+	if s.session != nil && s.session.dead.Err() == nil {
 		return nil
 	}
 	s.Close()
@@ -123,9 +143,10 @@ func (s *Store) connect(ctx context.Context, endpoint string) (*session, error) 
 	if err != nil {
 		return nil, err
 	}
-	se := &session{endpoint: endpoint, conn: conn, refused: make(chan struct{})}
+	se := &session{endpoint: endpoint, conn: conn}
+	se.dead, se.die = context.WithCancel(context.Background())
 	once := make(chan net.Conn, 1)
-	once <- &watched{conn, se, s.cfg}
+	once <- &watched{Conn: conn, session: se, cfg: s.cfg}
 	se.client, err = clientv3.New(clientv3.Config{
 		Endpoints: []string{"http://" + authority(endpoint)}, // TLS is done
 		Username:  s.cfg.Username,
@@ -136,7 +157,7 @@ func (s *Store) connect(ctx context.Context, endpoint string) (*session, error) 
 			case c := <-once:
 				return c, nil
 			default:
-				se.dead.Store(true)
+				se.die()
 				return nil, allocator.ErrReconnected
 			}
 		})},
@@ -157,22 +178,48 @@ type watched struct {
 	net.Conn
 	session *session
 	cfg     Config
+	heard   atomic.Bool // something was read
 }
 
 func (w *watched) Close() error {
-	w.session.dead.Store(true)
+	w.silent()
+	w.session.die()
 	return w.Conn.Close()
 }
 
 func (w *watched) Read(b []byte) (int, error) {
 	n, err := w.Conn.Read(b)
-	if err != nil && strings.Contains(err.Error(), "remote error: tls:") {
+	switch {
+	case err != nil && strings.Contains(err.Error(), "remote error: tls:"):
 		cause := explainTLS(err, w.cfg)
-		if w.session.cause.CompareAndSwap(nil, &cause) {
-			close(w.session.refused)
-		}
+		w.session.cause.Store(&cause)
+	case n > 0 && b[0] != 0x15: // a TLS alert to a client that speaks plaintext is no answer
+		w.heard.Store(true)
+	case err != nil:
+		w.silent()
 	}
 	return n, err
+}
+
+// silent notes what it most likely means that a connection ends before anything
+// was said on it. An alert may get lost when the connection is reset.
+func (w *watched) silent() {
+	if w.heard.Load() {
+		return
+	}
+	cause := errors.New("etcd closed the connection without an answer: if it speaks TLS here, use https:// and set caFile")
+	if _, ok := w.Conn.(*tls.Conn); ok {
+		cause = fmt.Errorf("TLS: etcd closed the connection right after the handshake: most likely it refuses %s", w.cfg.who())
+	}
+	w.session.cause.CompareAndSwap(nil, &cause)
+}
+
+// who is what the server sees of this client.
+func (c Config) who() string {
+	if c.CertFile == "" {
+		return "this client, which has no certificate (certFile is not set)"
+	}
+	return "client certificate " + c.CertFile
 }
 
 func authority(endpoint string) string {
@@ -266,14 +313,10 @@ func explainTLS(err error, cfg Config) error {
 		return fmt.Errorf("TLS: etcd's certificate is not signed by %s: %w", ca, err)
 	case errors.As(err, &name):
 		return fmt.Errorf("TLS: etcd's certificate is for another name than the endpoint: %w", err)
-	case errors.As(err, &record):
+	case errors.As(err, &record), errors.Is(err, io.EOF):
 		return fmt.Errorf("TLS: etcd does not speak TLS here: use http://, or its TLS port: %w", err)
 	case strings.Contains(err.Error(), "remote error: tls:"):
-		who := "client certificate " + cfg.CertFile
-		if cfg.CertFile == "" {
-			who = "this client, which has no certificate (certFile is not set)"
-		}
-		return fmt.Errorf("TLS: etcd refuses %s: %w", who, err)
+		return fmt.Errorf("TLS: etcd refuses %s: %w", cfg.who(), err)
 	}
 	return fmt.Errorf("TLS handshake: %w", err)
 }
@@ -301,36 +344,28 @@ func (s *Store) Read(ctx context.Context, serializable bool, gets []allocator.Ge
 		if err := s.Connect(ctx); err != nil {
 			return nil, err
 		}
-		actx, cancel := context.WithTimeout(ctx, attempt)
-		go func(se *session) { // gRPC would go on trying until the deadline
-			select {
-			case <-se.refused:
-				cancel()
-			case <-actx.Done():
-			}
-		}(s.session)
+		bctx, unbind := s.session.bound(ctx)
+		actx, cancel := context.WithTimeout(bctx, attempt)
 		resp, err := s.session.client.Txn(actx).Then(ops...).Commit()
 		cancel()
+		unbind()
 		if err == nil {
 			return reply(resp), nil
 		}
-		if cause := s.session.cause.Load(); cause != nil {
-			return nil, fmt.Errorf("%w: %s: %w", allocator.ErrUnavailable, s.session.endpoint, *cause)
-		}
 		if !transient(err) || ctx.Err() != nil {
-			return nil, fmt.Errorf("%w: %s: %w", allocator.ErrUnavailable, s.session.endpoint, explain(err))
+			return nil, fmt.Errorf("%w: %s: %w", allocator.ErrUnavailable, s.session.endpoint, s.session.why(err))
 		}
-		last := s.session.endpoint
+		last, why := s.session.endpoint, s.session.why(err)
 		s.Close()
 		if tries >= 2*len(s.cfg.Endpoints) {
-			return nil, fmt.Errorf("%w: %s: %w", allocator.ErrUnavailable, last, explain(err))
+			return nil, fmt.Errorf("%w: %s: %w", allocator.ErrUnavailable, last, why)
 		}
 	}
 }
 
 // Commit implements allocator.Store.
 func (s *Store) Commit(ctx context.Context, txn allocator.Txn) (*allocator.Reply, error) {
-	if s.session == nil || s.session.dead.Load() {
+	if s.session == nil || s.session.dead.Err() != nil {
 		return nil, fmt.Errorf("%w: %w", allocator.ErrNotApplied, allocator.ErrReconnected)
 	}
 	var cmps []clientv3.Cmp
@@ -358,6 +393,8 @@ func (s *Store) Commit(ctx context.Context, txn allocator.Txn) (*allocator.Reply
 		ctx, cancel = context.WithTimeout(ctx, time.Until(end)/2)
 		defer cancel()
 	}
+	ctx, unbind := s.session.bound(ctx)
+	defer unbind()
 	resp, err := s.session.client.Txn(ctx).If(cmps...).Then(ops...).Commit()
 	if err == nil {
 		return reply(resp), nil
@@ -372,8 +409,9 @@ func (s *Store) Commit(ctx context.Context, txn allocator.Txn) (*allocator.Reply
 	case refused(err):
 		return nil, fmt.Errorf("%w: %s: %w", allocator.ErrNotApplied, endpoint, explain(err))
 	}
+	why := s.session.why(err)
 	s.Close() // whatever comes next must not meet this connection's leftovers
-	return nil, fmt.Errorf("%s: %w", endpoint, explain(err))
+	return nil, fmt.Errorf("%s: %w", endpoint, why)
 }
 
 // errLearner is a member that does not vote: it refuses transactions.

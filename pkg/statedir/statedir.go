@@ -220,7 +220,17 @@ func (d *Dir) replace(name string, b []byte) error {
 }
 
 func (d *Dir) writeSynced(name string, b []byte) error {
-	if err := renameio.WriteFile(d.file(name), b, 0o600, renameio.WithTempDir(d.path)); err != nil {
+	// renameio.WriteFile would keep the mode of a file that is there: a new key
+	// would be as readable as the one it replaces.
+	f, err := renameio.NewPendingFile(d.file(name), renameio.WithTempDir(d.path), renameio.WithPermissions(0o600))
+	if err != nil {
+		return fmt.Errorf("state directory: %w", err)
+	}
+	defer f.Cleanup()
+	if _, err := f.Write(b); err != nil {
+		return fmt.Errorf("state directory: %w", err)
+	}
+	if err := f.CloseAtomicallyReplace(); err != nil {
 		return fmt.Errorf("state directory: %w", err)
 	}
 	return d.sync(filepath.Dir(name))
@@ -314,6 +324,7 @@ func (d *Dir) Enqueue(q Queued) error {
 func (d *Dir) Dequeue(a keyspace.AttachmentID) error { return d.remove("queue", a) }
 
 func (d *Dir) remove(sub string, a keyspace.AttachmentID) error {
+	_ = os.Remove(d.file(filepath.Join(sub, nameOf(a))) + ".new") // of a process that was killed
 	if err := os.Remove(d.file(filepath.Join(sub, nameOf(a)))); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("state directory: %w", err)
 	}

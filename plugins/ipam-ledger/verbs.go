@@ -226,8 +226,9 @@ func checkNetns(args *skel.CmdArgs) error {
 
 // traceID is the W3C trace ID of the request, where the runtime has one.
 func traceID() string {
-	if p := strings.Split(os.Getenv("TRACEPARENT"), "-"); len(p) == 4 && len(p[1]) == 32 {
-		return p[1]
+	p := strings.Split(os.Getenv("TRACEPARENT"), "-")
+	if len(p) != 4 || len(p[1]) != 32 || strings.Trim(p[1], "0123456789abcdef") != "" || strings.Trim(p[1], "0") == "" {
+		return "" // not of https://www.w3.org/TR/trace-context/
 	}
-	return ""
+	return p[1]
 }
