@@ -406,7 +406,12 @@ func (a *app) watch(ctx context.Context, f *filter, p *printer, s *scan, at *int
 					return err
 				}
 			}
-			*at = max(*at, w.Header.Revision)
+			// While a watch catches up, the header is ahead of its events.
+			if n := len(w.Events); n > 0 {
+				*at = max(*at, w.Events[n-1].Kv.ModRevision)
+			} else if w.IsProgressNotify() {
+				*at = max(*at, w.Header.Revision)
+			}
 			if err := p.flush(); err != nil {
 				return err
 			}

@@ -261,6 +261,9 @@ func (k Keys) Parse(key string) (Key, error) {
 				err = errors.New("block is not aligned")
 			} else {
 				again = k.Block(out.Block)
+				if err = entry.ValidateName("space", p[1]); err == nil {
+					err = entry.ValidateName("pool", p[2])
+				}
 			}
 		}
 	case p[0] == "writers" && len(p) == 3:
