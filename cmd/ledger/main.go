@@ -267,7 +267,7 @@ Exit status: 0 fine, 1 something is wrong or was refused, 2 could not be done,
 			root.AddCommand(c)
 		}
 	}
-	add("look", a.show(), a.ip(), a.log(), a.verify(), a.export(), a.keys(), a.doctor())
+	add("look", a.show(), a.top(), a.publish(), a.ip(), a.log(), a.verify(), a.export(), a.keys(), a.doctor())
 	add("act", a.init(), a.release(), a.unclaim(), a.freeze(), a.thaw(), a.recover(), a.nodeCommands())
 	add("node", a.importCommand(), a.queue())
 	add("more", a.versionCommand())
