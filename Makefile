@@ -27,15 +27,20 @@ PROGRAMS := ./plugins/ipam-ledger ./cmd/ledger ./cmd/ledger-lab
 # The CNI reference plugin that the demo's network configuration names first.
 BRIDGE   := github.com/containernetworking/plugins/plugins/main/bridge
 
-.PHONY: build demo test check bench fuzz install clean help need-go
+.PHONY: build demo demo-desktop test check bench bench-desktop fuzz install clean help need-go
 
 build: need-go ## the programs, and what the demo needs, into bin/ (the default)
 	@mkdir -p bin
 	$(BUILD) $(STAMP) -o bin/ $(PROGRAMS)
+	$(BUILD) $(STAMP) -o bin/ledger-swaybar ./swaybar
 	$(BUILD) -o bin/ $(BRIDGE)
 
 demo: build ## the main job before your eyes; as root with real pods; KEEP=1 leaves it up
 	bin/ledger-lab demo $(if $(filter-out 0,$(KEEP)),--keep)
+
+demo-desktop: build ## the state in a bar: on your Sway, or headless with screenshots in a folder it names
+	@hack/install-test-deps.sh
+	bin/ledger-lab desktop
 
 # With CI=true a test that skips is a test that fails.
 test: need-go ## all tests; as root with real network namespaces
@@ -45,6 +50,7 @@ test: need-go ## all tests; as root with real network namespaces
 	  fi; \
 	  echo "make test: not root, so without network namespaces; sudo make test runs everything"; \
 	fi
+	@hack/install-test-deps.sh
 	@mkdir -p bin
 	@if [ "$${CI:-}" = true ]; then \
 	  set -x; $(GO) test -v -timeout 12m $(PKGS) 2>&1 | tee bin/test.log; { set +x; } 2>/dev/null; \
@@ -60,12 +66,15 @@ check: need-go $(GOFUMPT) $(STATICCHECK) ## format, vet, static analysis, arm64,
 	$(GO) vet ./...
 	$(STATICCHECK) ./...
 	GOOS=linux GOARCH=arm64 CGO_ENABLED=0 $(GO) build ./...
-	GOOS=linux GOARCH=arm64 CGO_ENABLED=0 $(GO) vet $(PROGRAMS)
+	GOOS=linux GOARCH=arm64 CGO_ENABLED=0 $(GO) vet $(PROGRAMS) ./swaybar
 	@command -v $${CC:-gcc} >/dev/null || { echo "make check: the race detector needs a C compiler: apt-get install gcc libc6-dev" >&2; exit 1; }
 	CGO_ENABLED=1 $(GO) test -race -timeout 20m $(RACE)
 
 bench: need-go ## what we claim about speed, measured again
 	$(GO) run ./bench $(BENCHFLAGS)
+
+bench-desktop: need-go ## what the desktop part costs
+	$(GO) run ./bench/desktop
 
 fuzz: need-go ## each fuzz target for FUZZTIME (30s)
 	@grep -rE --include='*_test.go' -o '^func Fuzz[A-Za-z0-9_]*' . | sort | while IFS=: read -r file target; do \
@@ -75,10 +84,12 @@ fuzz: need-go ## each fuzz target for FUZZTIME (30s)
 
 # Each program replaces the old one in one step: a runtime may execute the
 # plugin at any moment.
-install: build ## ledger into PREFIX/bin, the plugin into CNI_BIN; DESTDIR works
+install: build ## ledger and ledger-swaybar into PREFIX/bin, the plugin into CNI_BIN; DESTDIR works
 	install -d '$(DESTDIR)$(PREFIX)/bin' '$(DESTDIR)$(CNI_BIN)'
 	install -m 755 bin/ledger '$(DESTDIR)$(PREFIX)/bin/.ledger.new'
 	mv -f '$(DESTDIR)$(PREFIX)/bin/.ledger.new' '$(DESTDIR)$(PREFIX)/bin/ledger'
+	install -m 755 bin/ledger-swaybar '$(DESTDIR)$(PREFIX)/bin/.ledger-swaybar.new'
+	mv -f '$(DESTDIR)$(PREFIX)/bin/.ledger-swaybar.new' '$(DESTDIR)$(PREFIX)/bin/ledger-swaybar'
 	install -m 755 bin/ipam-ledger '$(DESTDIR)$(CNI_BIN)/.ipam-ledger.new'
 	mv -f '$(DESTDIR)$(CNI_BIN)/.ipam-ledger.new' '$(DESTDIR)$(CNI_BIN)/ipam-ledger'
 
@@ -87,7 +98,7 @@ clean: ## remove bin/
 
 help: ## this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | while IFS= read -r line; do \
-	  printf '  make %-8s %s\n' "$${line%%:*}" "$${line##*## }"; \
+	  printf '  make %-13s %s\n' "$${line%%:*}" "$${line##*## }"; \
 	done
 
 need-go:
