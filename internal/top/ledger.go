@@ -224,17 +224,7 @@ func (l *Ledger) applySpec(c Change) error {
 			s.never = append(s.never, reserved(r.Subnet.Masked(), r.Gateway)...)
 		}
 	}
-	var b netipx.IPSetBuilder
-	for _, x := range v.Exclude {
-		if p, err := netip.ParsePrefix(x); err == nil {
-			b.AddPrefix(p.Masked())
-		} else if ip, err := netip.ParseAddr(x); err == nil {
-			b.Add(ip)
-		} else if r, err := netipx.ParseIPRange(x); err == nil {
-			b.AddRange(r)
-		}
-	}
-	if s.exclude, err = b.IPSet(); err != nil {
+	if s.exclude, err = allocator.ParseExclude(v.Exclude); err != nil {
 		return err
 	}
 	l.specs[c.Key.Name] = s

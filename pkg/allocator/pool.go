@@ -161,8 +161,8 @@ func intersect(a, b netipx.IPRange) (netipx.IPRange, bool) {
 	return r, r.IsValid()
 }
 
-// size is how many addresses a range has; it saturates.
-func size(r netipx.IPRange) uint64 {
+// RangeSize is how many addresses a range has; it saturates at 2^64-1.
+func RangeSize(r netipx.IPRange) uint64 {
 	from, to := r.From().As16(), r.To().As16()
 	var hi, lo [2]uint64
 	for i, b := range [][16]byte{from, to} {
@@ -183,7 +183,7 @@ func size(r netipx.IPRange) uint64 {
 func (s *RangeSet) Size() uint64 {
 	var n uint64
 	for i := range s.segments {
-		m := size(s.segments[i].IPRange)
+		m := RangeSize(s.segments[i].IPRange)
 		if n+m < n {
 			return 1<<64 - 1
 		}
@@ -196,7 +196,7 @@ func (s *RangeSet) Size() uint64 {
 func (s *RangeSet) excluded() uint64 {
 	var n uint64
 	for _, r := range s.all.Ranges() {
-		n += size(r)
+		n += RangeSize(r)
 	}
 	return n - min(n, s.Size())
 }
@@ -213,19 +213,7 @@ func PoolFromSpec(name string, spec *keyspace.Pool) (*Pool, error) {
 			return nil, fmt.Errorf("hold %q: %w", spec.Hold, err)
 		}
 	}
-	var b netipx.IPSetBuilder
-	for _, x := range spec.Exclude {
-		if p, err := netip.ParsePrefix(x); err == nil {
-			b.AddPrefix(p.Masked())
-		} else if ip, err := netip.ParseAddr(x); err == nil {
-			b.Add(ip)
-		} else if r, err := netipx.ParseIPRange(x); err == nil {
-			b.AddRange(r)
-		} else {
-			return nil, fmt.Errorf("exclude %q is no address, range or prefix", x)
-		}
-	}
-	exclude, err := b.IPSet()
+	exclude, err := ParseExclude(spec.Exclude)
 	if err != nil {
 		return nil, err
 	}
@@ -240,3 +228,20 @@ func PoolFromSpec(name string, spec *keyspace.Pool) (*Pool, error) {
 const DefaultSpace = "default"
 
 func rangeOf(p netip.Prefix) netipx.IPRange { return netipx.RangeOfPrefix(p) }
+
+// ParseExclude reads what a pool's spec excludes: addresses, ranges and prefixes.
+func ParseExclude(texts []string) (*netipx.IPSet, error) {
+	var b netipx.IPSetBuilder
+	for _, x := range texts {
+		if p, err := netip.ParsePrefix(x); err == nil {
+			b.AddPrefix(p.Masked())
+		} else if ip, err := netip.ParseAddr(x); err == nil {
+			b.Add(ip)
+		} else if r, err := netipx.ParseIPRange(x); err == nil {
+			b.AddRange(r)
+		} else {
+			return nil, fmt.Errorf("exclude %q is no address, range or prefix", x)
+		}
+	}
+	return b.IPSet()
+}

@@ -5,7 +5,6 @@ import (
 	"container/heap"
 	"hash/maphash"
 	"math"
-	"math/bits"
 	"net/netip"
 	"slices"
 	"strings"
@@ -469,7 +468,7 @@ func (m *Model) settle(p *pool) {
 			if span.To().Less(to) {
 				to = span.To()
 			}
-			c.room = add(c.room, size(netipx.IPRangeFrom(from, to)))
+			c.room = add(c.room, allocator.RangeSize(netipx.IPRangeFrom(from, to)))
 		}
 	}
 }
@@ -501,7 +500,7 @@ func (m *Model) shown(p *pool) *netipx.IPSet {
 func sizeOf(set *netipx.IPSet, fam int) (n uint64) {
 	for _, r := range set.Ranges() {
 		if familyOf(r.From()) == fam {
-			n = add(n, size(r))
+			n = add(n, allocator.RangeSize(r))
 		}
 	}
 	return n
@@ -512,22 +511,6 @@ func add(a, b uint64) uint64 {
 		return math.MaxUint64
 	}
 	return a + b
-}
-
-func size(r netipx.IPRange) uint64 {
-	from, to := r.From().As16(), r.To().As16()
-	var hi, lo [2]uint64
-	for i, b := range [][16]byte{from, to} {
-		for j := range 8 {
-			hi[i] = hi[i]<<8 | uint64(b[j])
-			lo[i] = lo[i]<<8 | uint64(b[8+j])
-		}
-	}
-	d, borrow := bits.Sub64(lo[1], lo[0], 0)
-	if h, _ := bits.Sub64(hi[1], hi[0], borrow); h != 0 {
-		return math.MaxUint64
-	}
-	return add(d, 1)
 }
 
 // full reports whether at least 90 % of what may be handed out of a block is taken.
