@@ -14,7 +14,7 @@ FUZZTIME ?= 30s
 # What make test tests.
 PKGS     ?= ./...
 # Packages whose tests also run with the race detector in make check.
-RACE     ?= ./pkg/... ./internal/... ./cmd/ledger-lab
+RACE     ?= ./pkg/... ./internal/... ./swaybar/... ./cmd/ledger-lab
 
 GOFUMPT     := bin/tools/gofumpt-v0.12.0
 STATICCHECK := bin/tools/staticcheck-v0.8.2

@@ -137,7 +137,7 @@ func (p *Pool) Percent() int {
 	if p.Capacity == 0 {
 		return -1
 	}
-	return int(min(100, float64(p.Leased+p.Held)/float64(p.Capacity)*100))
+	return int(min(100, float64(p.Leased+p.Held)*100/float64(p.Capacity)))
 }
 
 // Newer reports whether s supersedes old.
