@@ -3,6 +3,7 @@
 //
 //	ledger-lab demo            the whole story in one go, then nothing is left
 //	ledger-lab demo --keep     the same, and the lab stays up until Ctrl-C
+//	ledger-lab desktop         the state of a cluster in a bar of Sway
 //	ledger-lab etcd --dir DIR  one etcd member in the foreground
 //
 // It guarantees that whatever it made is gone when it ends, also when a step
@@ -78,7 +79,7 @@ func rootCommand() *cobra.Command {
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(demoCommand(), etcdCommand())
+	root.AddCommand(demoCommand(), desktopCommand(), etcdCommand())
 	return root
 }
 
