@@ -197,8 +197,9 @@ func (b *bar) window(command []string, source, space, pool string) {
 		cmd, err := start(context.Background(), command, b.dir, source, space, pool)
 		if err == nil {
 			err = cmd.Wait()
-			if time.Since(began) > early {
-				err = nil // it was open
+			var exit *exec.ExitError
+			if time.Since(began) > early || errors.As(err, &exit) && (!exit.Exited() || exit.ExitCode() >= 128) {
+				err = nil // it was open, and somebody closed it
 			}
 			if err != nil {
 				r.Text = filepath.Base(command[0]) + ": " + err.Error()
