@@ -4,6 +4,10 @@
 //	publisher   ledger publish at 1,000, 10,000 and 100,000 leases: the full read,
 //	            memory, CPU when idle and under change, and the time from a commit
 //	            in etcd to the line that tells of it
+//	block       ledger-swaybar in a real swaybar: CPU while nothing happens, memory
+//
+// How long a commit takes to the bar itself is printed by
+// go test -v -run CommitToLine ./test/e2e/desktop.
 //
 // It says what it measured, on what, and nothing else: figures of a busy machine
 // are that machine's.
@@ -37,9 +41,10 @@ func main() {
 	}
 	leases := flag.String("leases", "1000,10000,100000", "numbers of leases, with commas between")
 	idle := flag.Duration("idle", 20*time.Second, "how long a publisher is watched while nothing happens")
+	blockIdle := flag.Duration("block-idle", 10*time.Minute, "how long the block is watched while nothing happens; 0: not at all")
 	flag.Parse()
 	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	err := run(ctx, *leases, *idle)
+	err := run(ctx, *leases, *idle, *blockIdle)
 	cancel()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench-desktop:", err)
@@ -47,7 +52,7 @@ func main() {
 	}
 }
 
-func run(ctx context.Context, leases string, idle time.Duration) error {
+func run(ctx context.Context, leases string, idle, blockIdle time.Duration) error {
 	dir, err := os.MkdirTemp("", "bench-desktop-")
 	if err != nil {
 		return err
@@ -61,6 +66,9 @@ func run(ctx context.Context, leases string, idle time.Duration) error {
 	fmt.Printf("%s %s/%s, %d CPUs, load %s\n\n", runtime.Version(), runtime.GOOS, runtime.GOARCH, runtime.NumCPU(), load())
 	var rows [][]string
 	for s := range strings.SplitSeq(leases, ",") {
+		if s == "" {
+			continue // -leases "": the block alone
+		}
 		n, err := strconv.Atoi(strings.TrimSpace(s))
 		if err != nil || n < 1 || n > 1_000_000 {
 			return fmt.Errorf("-leases %q: want numbers of 1 to 1000000", leases)
@@ -71,14 +79,19 @@ func run(ctx context.Context, leases string, idle time.Duration) error {
 		}
 		rows = append(rows, row)
 	}
-	table("ledger publish", publisherHeader, rows)
-	fmt.Printf(`
+	if len(rows) > 0 {
+		table("ledger publish", publisherHeader, rows)
+		fmt.Printf(`
 full read: from its start to the first line with all leases. CPU: user and system, of the publisher alone.
 peak: VmHWM over its life, the verification at its start included; RSS: after that verification.
 per 1,000 changes: leases taken and given back by a node as fast as that goes, with what checking each entry costs.
 latency: from etcd's reply to the writer to the line on stdout, of isolated changes; sway and the bar come after that.
 load at the end: %s
 `, load())
+	}
+	if blockIdle > 0 {
+		return block(ctx, dir, blockIdle)
+	}
 	return nil
 }
 
