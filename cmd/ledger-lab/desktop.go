@@ -80,19 +80,9 @@ screen is started, and screenshots are written.
 When it ends, nothing that it made is left but the screenshots.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if o.bin == "" {
-				self, err := os.Executable()
-				if err == nil {
-					self, err = filepath.EvalSymlinks(self)
-				}
-				if err != nil {
-					return fmt.Errorf("finding the programs beside ledger-lab: %w; name their directory with --bin", err)
-				}
-				o.bin = filepath.Dir(self)
-			}
 			var err error
-			if o.bin, err = filepath.Abs(o.bin); err != nil {
-				return fmt.Errorf("--bin %s: %w", o.bin, err)
+			if o.bin, err = programsIn(o.bin); err != nil {
+				return err
 			}
 			return desktop(cmd.Context(), o)
 		},

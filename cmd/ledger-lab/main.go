@@ -108,19 +108,9 @@ The programs it runs are those beside it: ipam-ledger, ledger, bridge ("make"
 builds them all). When it ends, nothing that it made is left.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if o.bin == "" {
-				self, err := os.Executable()
-				if err == nil {
-					self, err = filepath.EvalSymlinks(self)
-				}
-				if err != nil {
-					return fmt.Errorf("finding the programs beside ledger-lab: %w; name their directory with --bin", err)
-				}
-				o.bin = filepath.Dir(self)
-			}
 			var err error
-			if o.bin, err = filepath.Abs(o.bin); err != nil {
-				return fmt.Errorf("--bin %s: %w", o.bin, err)
+			if o.bin, err = programsIn(o.bin); err != nil {
+				return err
 			}
 			return demo(cmd.Context(), o)
 		},
@@ -129,4 +119,24 @@ builds them all). When it ends, nothing that it made is left.`,
 	c.Flags().StringVar(&o.bin, "bin", "", "directory of ipam-ledger, ledger and bridge (default: where ledger-lab is)")
 	c.Flags().BoolVar(&o.direct, "direct", false, "execute the plugin without namespaces, also as root")
 	return c
+}
+
+// programsIn is the directory of the programs that a demo runs: bin, or where
+// ledger-lab itself is.
+func programsIn(bin string) (string, error) {
+	if bin == "" {
+		self, err := os.Executable()
+		if err == nil {
+			self, err = filepath.EvalSymlinks(self)
+		}
+		if err != nil {
+			return "", fmt.Errorf("finding the programs beside ledger-lab: %w; name their directory with --bin", err)
+		}
+		bin = filepath.Dir(self)
+	}
+	abs, err := filepath.Abs(bin)
+	if err != nil {
+		return "", fmt.Errorf("--bin %s: %w", bin, err)
+	}
+	return abs, nil
 }

@@ -151,16 +151,24 @@ func (s *session) enroll(v *view) error {
 	if s.mark != nil {
 		return nil
 	}
-	skey, err := s.Dir.Key()
+	skey, err := s.ownKey()
 	if err != nil {
-		return fmt.Errorf("%w: %w", ErrIntegrity, err)
-	}
-	if skey == "" { // else one was made by a process that died before the mark
-		if skey, err = s.newKey(); err != nil {
-			return err
-		}
+		return err
 	}
 	return s.newMark(v, skey, entry.Ref{}, false)
+}
+
+// ownKey is the writer's key. It is made where there is none; one without a mark
+// was made by a process that died in between.
+func (s *session) ownKey() (string, error) {
+	skey, err := s.Dir.Key()
+	if err != nil {
+		return "", fmt.Errorf("%w: %w", ErrIntegrity, err)
+	}
+	if skey == "" {
+		return s.newKey()
+	}
+	return skey, nil
 }
 
 func (s *session) newKey() (string, error) {

@@ -60,14 +60,9 @@ func (s *session) renew(v *view) error {
 			previous = s.mark.Previous // a drill that was killed here before
 		}
 	}
-	skey, err := s.Dir.Key()
+	skey, err := s.ownKey()
 	if err != nil {
-		return fmt.Errorf("%w: %w", ErrIntegrity, err)
-	}
-	if skey == "" {
-		if skey, err = s.newKey(); err != nil {
-			return err
-		}
+		return err
 	}
 	s.mark = nil // saveMark only raises the revision, and it went back
 	return s.newMark(v, skey, previous, s.Config.Writer.Kind == entry.KindNode)
