@@ -374,7 +374,43 @@ func (r *renderer) wrong(s *Source) (list []condition, current bool) {
 	case current && st.Ledger != state.LedgerRunning && st.Ledger != state.LedgerStopped:
 		unknown("no-ledger", "ledger unknown", "?")
 	}
+	if c := r.certificate(st.Cert); c != nil {
+		list = append(list, *c)
+	}
 	return list, current
+}
+
+// certificate is what is to be said of the certificate that ends first.
+func (r *renderer) certificate(c *state.Cert) *condition {
+	if c == nil || !r.past(c.Warn) {
+		return nil
+	}
+	if r.past(c.Until) {
+		return &condition{class: "certificate", text: certificateName(c) + " EXPIRED", short: "cert EXPIRED", level: Critical}
+	}
+	left, unit, sign := c.Until.Sub(r.now), 24*time.Hour, "d"
+	if left < unit {
+		unit, sign = time.Hour, "h"
+	}
+	n := left / unit
+	r.changes(c.Until.Add(1 - n*unit))
+	text := strconv.FormatInt(int64(n), 10) + sign
+	if n == 0 {
+		text = "<1h"
+	}
+	return &condition{class: "certificate", text: certificateName(c) + " ends in " + text, short: "cert " + text, level: Warning}
+}
+
+func certificateName(c *state.Cert) string {
+	switch c.Kind {
+	case state.CertClient:
+		return "client certificate"
+	case state.CertCA:
+		return "CA certificate"
+	case state.CertEtcd:
+		return "etcd's certificate"
+	}
+	return "certificate " + clean(c.Kind, 16)
 }
 
 func failed(code string, n int64) condition {
@@ -541,6 +577,9 @@ func (r *renderer) tooltip(s *Source) []string {
 		verified += fmt.Sprintf(", %d found, first %s", st.Verify.Findings, clean(st.Verify.Code, 32))
 	}
 	lines = append(lines, verified)
+	if c := st.Cert; c != nil {
+		lines = append(lines, certificateName(c)+" until "+c.Until.In(r.now.Location()).Format("2 Jan 2006"))
+	}
 	pools, hidden := r.shown(st)
 	for i := range pools {
 		if i == most {

@@ -62,6 +62,12 @@ func scenes() []scene {
 	link := func(s LinkState, age time.Duration, states ...*state.State) *View {
 		return set(viewOf(states...), func(v *View) { v.Link = Link{s, noon.Add(-age)} })
 	}
+	cert := func(kind string, left time.Duration) *View {
+		return with(func(s *state.State) {
+			until := noon.Add(left)
+			s.Cert = &state.Cert{Kind: kind, Until: until, Warn: until.Add(-14 * 24 * time.Hour)}
+		})
+	}
 	second := healthy()
 	second.Source = "staging"
 	second.Pools = second.Pools[1:]
@@ -108,6 +114,17 @@ func scenes() []scene {
 		{"stopped", with(func(s *state.State) { s.Ledger = state.LedgerStopped }), noon},
 		{"stopped and stale", with(func(s *state.State) { s.Ledger = state.LedgerStopped }), noon.Add(time.Hour)},
 		{"unknown ledger", with(func(s *state.State) { s.Ledger = "" }), noon},
+
+		{"certificate far from its end", cert(state.CertClient, 30*24*time.Hour), noon},
+		{"certificate from when on it is said", cert(state.CertClient, 14*24*time.Hour), noon},
+		{"certificate ends in days", cert(state.CertClient, 5*24*time.Hour+time.Hour), noon},
+		{"certificate ends in hours", cert(state.CertEtcd, 7*time.Hour), noon},
+		{"certificate ends in minutes, for each pool", set(cert(state.CertCA, 7*time.Minute), pools), noon},
+		{"certificate ended", cert(state.CertEtcd, 0), noon},
+		{"certificate ended, and etcd refuses", set(cert(state.CertClient, -time.Hour), func(v *View) {
+			v.Sources[0].State.Etcd = state.Etcd{Error: "the client certificate has expired", Since: noon.Add(-3 * time.Minute)}
+		}), noon},
+		{"certificate of another kind", cert("peer", time.Hour), noon},
 
 		{"verified yesterday", with(func(s *state.State) { s.Verify.At = noon.Add(-20 * time.Hour) }), noon},
 		{"verified long ago", with(func(s *state.State) { s.Verify.At = noon.Add(-80 * time.Hour) }), noon},

@@ -49,17 +49,8 @@ func (a *app) etcd() (etcdstore.Config, keyspace.Keys, error) {
 	if err != nil {
 		return etcdstore.Config{}, keyspace.Keys{}, err
 	}
-	c := etcdstore.Config{
-		Endpoints: s.Endpoints, CAFile: s.CAFile, CertFile: s.CertFile, KeyFile: s.KeyFile, Username: s.Username,
-		DialTimeout: min(2*time.Second, s.Timeout),
-	}
-	if s.PasswordFile != "" {
-		b, err := os.ReadFile(s.PasswordFile)
-		if err != nil {
-			return c, keys, fmt.Errorf("password file: %w", err)
-		}
-		c.Password = strings.TrimRight(string(b), "\r\n")
-	}
+	c := etcdstore.FromSettings(*s)
+	c.DialTimeout = min(2*time.Second, s.Timeout)
 	return c, keys, nil
 }
 
@@ -140,7 +131,7 @@ func (a *app) read(ctx context.Context, from string, f func(src audit.Source, li
 		if err != nil {
 			return err
 		}
-		err = f(src, r)
+		err = r.store.Explain(ctx, f(src, r))
 		if !errors.Is(err, etcdstore.ErrCompacted) || tries > retries {
 			return err
 		}

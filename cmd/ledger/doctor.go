@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"cmp"
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -41,7 +40,6 @@ const (
 
 // From when on doctor warns.
 const (
-	certDays  = 14
 	fullShare = 0.8
 	fullDays  = 14
 	skewLimit = 2 * time.Second
@@ -138,22 +136,26 @@ func (d *doctor) endpoints(ctx context.Context) (works string) {
 		d.add("etcd", fail, "", "%v", err)
 		return ""
 	}
-	versions := map[string]bool{}
+	usable := d.certificates(c)
+	skipped := 0
 	for _, e := range c.Endpoints {
 		name := "endpoint " + e
+		if !usable && !strings.HasPrefix(e, "unix:") {
+			skipped++
+			continue
+		}
 		began := time.Now()
 		conn, err := etcdstore.Dial(ctx, c, e)
 		if err != nil {
-			d.add(name, fail, "is etcd running there, and does a firewall let us through?", "%v", err)
+			d.add(name, fail, remedyFor(err, "is etcd running there, and does a firewall let us through?"), "%s", tlsText(err))
 			continue
 		}
 		took := time.Since(began)
 		var cert string
 		result, remedy := ok, ""
-		if t, ok := conn.(*tls.Conn); ok {
-			if certs := t.ConnectionState().PeerCertificates; len(certs) > 0 {
-				cert, result, remedy = d.days("certificate", certs[0].NotAfter)
-			}
+		if shown, is := etcdstore.Serving(conn, e); is {
+			cert, result, remedy = d.standing(&shown)
+			cert = ", certificate " + cert
 		}
 		conn.Close()
 		one := c
@@ -165,8 +167,8 @@ func (d *doctor) endpoints(ctx context.Context) (works string) {
 			defer store.Close()
 			r := &reader{store: store, keys: keys}
 			if err := r.probe(sctx, d.loaded.Timeout); err != nil {
-				text := strings.TrimPrefix(err.Error(), allocator.ErrUnavailable.Error()+": "+e+": ")
-				d.add(name, fail, "it can be reached, but not used: look at certificate, user and role, and whether it has a leader", "%s", text)
+				remedy := remedyFor(err, "it can be reached, but not used: look at certificate, user and role, and whether it has a leader")
+				d.add(name, fail, remedy, "%s", strings.TrimPrefix(tlsText(err), allocator.ErrUnavailable.Error()+": "+e+": "))
 				return
 			}
 			s, err := status(sctx, r.client)
@@ -175,7 +177,6 @@ func (d *doctor) endpoints(ctx context.Context) (works string) {
 				return
 			}
 			text := fmt.Sprintf("etcd %s, connected in %s%s", s.Version, span(took), cert)
-			versions[s.Version] = true
 			switch {
 			case s.Leader == 0:
 				d.add(name, fail, "the cluster has no quorum: look at its other members", "%s; it has no leader", text)
@@ -194,27 +195,77 @@ func (d *doctor) endpoints(ctx context.Context) (works string) {
 			d.add(name, result, remedy, "%s", text)
 		}()
 	}
-	if c.CertFile != "" {
-		if t, err := c.TLS(); err != nil {
-			d.add("client certificate", fail, "", "%v", err)
-		} else if leaf := t.Certificates[0].Leaf; leaf != nil {
-			text, result, remedy := d.days(c.CertFile, leaf.NotAfter)
-			d.add("client certificate", result, remedy, "%s", strings.TrimPrefix(text, ", "))
-		}
+	if skipped > 0 {
+		d.add("etcd", fail, "", "%s not asked: what is said above comes first", count(skipped, "endpoint"))
 	}
 	return works
 }
 
-func (d *doctor) days(what string, end time.Time) (text, result, remedy string) {
-	left := end.Sub(d.now)
-	text = fmt.Sprintf(", %s valid until %s (%d days)", what, end.UTC().Format(time.DateOnly), int(left.Hours()/24))
-	switch {
-	case left < 0:
+// tlsText is an error without the remedy, which has its own place.
+func tlsText(err error) string {
+	var bad *etcdstore.TLSError
+	if !errors.As(err, &bad) {
+		return err.Error()
+	}
+	text := "TLS: " + bad.Detail
+	if bad.Err != nil {
+		text += " (" + bad.Err.Error() + ")"
+	}
+	return text
+}
+
+// remedyFor is what helps against an error, or what usually does.
+func remedyFor(err error, usually string) string {
+	var bad *etcdstore.TLSError
+	if errors.As(err, &bad) {
+		return bad.Remedy
+	}
+	return usually
+}
+
+// certificates looks at the files that handshakes are made with. It returns
+// false where none can be made.
+func (d *doctor) certificates(c etcdstore.Config) (usable bool) {
+	_, err := c.TLS()
+	var bad *etcdstore.TLSError
+	if errors.As(err, &bad) {
+		d.add(bad.Kind.String(), fail, bad.Remedy, "%s", tlsText(err))
+	}
+	certs, _ := c.Files(d.now) // what cannot be read was said
+	for _, cert := range certs {
+		if bad != nil && cert.Kind == bad.Kind {
+			continue
+		}
+		text, result, remedy := d.standing(&cert)
+		d.add(cert.Kind.String(), result, remedy, "%s (%s) %s", cert.Where, cert.Subject, text)
+	}
+	return err == nil
+}
+
+// standing says how long a certificate is valid, and what that calls for.
+func (d *doctor) standing(c *etcdstore.Cert) (text, result, remedy string) {
+	text = fmt.Sprintf("valid until %s (%s)", c.NotAfter.UTC().Format(time.DateOnly), daysLeft(c, d.now))
+	switch c.Standing(d.now) {
+	case etcdstore.Expired:
 		return text, fail, "renew it"
-	case left < certDays*24*time.Hour:
+	case etcdstore.NotYet:
+		return text + ", and not before " + c.NotBefore.UTC().Format(time.DateTime), fail, "set the clock, or wait"
+	case etcdstore.EndsSoon:
 		return text, warn, "renew it soon"
 	}
 	return text, ok, ""
+}
+
+// daysLeft is how long a certificate is still valid, in words.
+func daysLeft(c *etcdstore.Cert, now time.Time) string {
+	switch n := c.Days(now); {
+	case n < 0:
+		return "expired"
+	case n == 0:
+		return "less than a day left"
+	default:
+		return count(n, "day") + " left"
+	}
 }
 
 // ledger looks at what etcd holds; nil where that cannot be known.
@@ -241,6 +292,12 @@ func (d *doctor) ledger(ctx context.Context, endpoint string) *state {
 		if st, err = readState(ctx, src); !errors.Is(err, etcdstore.ErrCompacted) {
 			break
 		}
+	}
+	if errors.Is(err, etcdstore.ErrDenied) {
+		if own, oerr := d.ownState(ctx, r); oerr == nil {
+			st, err = own, nil
+		}
+		err = r.store.Explain(ctx, err)
 	}
 	if err != nil {
 		d.add("ledger", fail, "", "it cannot be read: %v", err)

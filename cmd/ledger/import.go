@@ -401,9 +401,9 @@ func unusable(id keyspace.AttachmentID) string {
 		return "it is empty: it names no container"
 	case id.Interface == "":
 		return "it names no interface: say which with --interface"
-	case len(id.Container) > entry.MaxContainer || entry.ValidateName("container", id.Container[:min(len(id.Container), entry.MaxName)]) != nil:
+	case entry.ValidateAttachment(id.Node, id.Network, id.Container, "eth0") != nil:
 		return fmt.Sprintf("%.80q is no container's ID", id.Container)
-	case len(id.Interface) > entry.MaxInterface || strings.ContainsAny(id.Interface, "/ \t"):
+	case entry.ValidateAttachment(id.Node, id.Network, id.Container, id.Interface) != nil:
 		return fmt.Sprintf("%.80q is no interface's name", id.Interface)
 	}
 	return ""

@@ -404,7 +404,7 @@ func (a *app) showHistories(ip netip.Addr, space string, list []*history) error 
 
 func (t *tenure) attachment() string {
 	l := t.Acquire
-	return keyspace.AttachmentID{Node: l.Node, Network: l.Network, Container: l.Container, Interface: l.Interface}.String()
+	return printable(keyspace.AttachmentID{Node: l.Node, Network: l.Network, Container: l.Container, Interface: l.Interface}.String())
 }
 
 // doubt says in the first line what must not be overlooked.

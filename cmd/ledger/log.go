@@ -363,13 +363,25 @@ func (a *app) watch(ctx context.Context, f *filter, p *printer, s *scan, at *int
 	defer r.store.Close()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	events := r.client.Watch(clientv3.WithRequireLeader(ctx), s.keys.Chains(), clientv3.WithPrefix(), clientv3.WithRev(*at+1), clientv3.WithProgressNotify())
+	// Watch returns when etcd has confirmed it, and that may never be.
+	made := make(chan clientv3.WatchChan, 1)
+	from := *at + 1
+	go func() {
+		made <- r.client.Watch(clientv3.WithRequireLeader(ctx), s.keys.Chains(), clientv3.WithPrefix(), clientv3.WithRev(from), clientv3.WithProgressNotify())
+	}()
+	var events clientv3.WatchChan
+	unmade := time.NewTimer(a.loaded.Timeout)
+	defer unmade.Stop()
 	ticker := time.NewTicker(glance)
 	defer ticker.Stop()
 	for ticks, lost := 1, 0; ; {
 		select {
 		case <-ctx.Done():
 			return nil
+		case events = <-made:
+			unmade.Stop()
+		case <-unmade.C:
+			return fmt.Errorf("%w: etcd did not confirm the watch within %v", errWatchLost, a.loaded.Timeout)
 		case <-ticker.C:
 			// The client would try for ever to get its one connection back.
 			if r.client.ActiveConnection().GetState() == connectivity.Ready {

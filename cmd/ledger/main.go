@@ -33,6 +33,7 @@ import (
 
 	"github.com/ipam-ledger/ipam-ledger/pkg/allocator"
 	"github.com/ipam-ledger/ipam-ledger/pkg/config"
+	"github.com/ipam-ledger/ipam-ledger/pkg/etcdstore"
 )
 
 // version is set by the linker.
@@ -171,6 +172,8 @@ func judge(err error) (code int, text, hint string) {
 	}
 	if hint == "" {
 		switch {
+		case errors.Is(err, etcdstore.ErrDenied):
+			hint = "'ledger auth --help' says what each role may do"
 		case errors.Is(err, allocator.ErrUnavailable):
 			hint = "'ledger doctor' probes each endpoint; they come from --endpoints, LEDGER_ENDPOINTS, the configuration file, or ETCDCTL_ENDPOINTS"
 		case errors.Is(err, allocator.ErrUnknownOutcome):
@@ -184,7 +187,7 @@ func judge(err error) (code int, text, hint string) {
 
 // complain writes to stderr; further lines are indented.
 func (a *app) complain(what, text string) {
-	text = strings.ReplaceAll(strings.TrimRight(text, "\n"), "\n", "\n  ")
+	text = strings.ReplaceAll(printableLines(strings.TrimRight(text, "\n")), "\n", "\n  ")
 	text = strings.ReplaceAll(text, "\n    ", "\n  ") // was indented already
 	a.out.Flush()                                     // what was said before comes before
 	fmt.Fprintf(a.err, "ledger: %s: %s\n", what, text)
@@ -204,8 +207,8 @@ const exitCodesText = `Exit codes of ledger:
 
   0  fine
   1  something is wrong, or the ledger refused: verify has findings, doctor a
-     FAIL, an address or attachment is not there, a conflict, a signature that
-     does not hold, or you answered no
+     FAIL, auth plan changes, an address or attachment is not there, a conflict,
+     a signature that does not hold, or you answered no
   2  it could not be done, or cannot be known: no connection, wrong usage, a
      file that cannot be read, an outcome that etcd did not confirm
   3  verify alone: verified, with reduced coverage (it says what was left out)
@@ -268,7 +271,7 @@ Exit status: 0 fine, 1 something is wrong or was refused, 2 could not be done,
 		}
 	}
 	add("look", a.show(), a.top(), a.publish(), a.ip(), a.log(), a.verify(), a.export(), a.keys(), a.doctor())
-	add("act", a.init(), a.release(), a.unclaim(), a.freeze(), a.thaw(), a.recover(), a.nodeCommands())
+	add("act", a.init(), a.release(), a.unclaim(), a.gc(), a.freeze(), a.thaw(), a.recover(), a.nodeCommands(), a.auth())
 	add("node", a.importCommand(), a.queue())
 	add("more", a.versionCommand())
 	root.SetHelpCommandGroupID("more")

@@ -17,6 +17,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/snapshot"
 	"go.uber.org/zap"
+	"go4.org/netipx"
 	"golang.org/x/mod/sumdb/note"
 
 	"github.com/ipam-ledger/ipam-ledger/internal/etcdmember"
@@ -298,10 +299,9 @@ func (l *lab) onNode(now func() time.Time, args ...string) error {
 	id := keyspace.AttachmentID{Node: name, Network: "prod", Container: "c-" + args[2], Interface: "eth0"}
 	switch args[1] {
 	case "add":
-		last := prefix.Addr().As4()
-		last[3] = 254
+		last := netipx.PrefixLastIP(prefix).Prev()
 		pool, err := allocator.NewPool("default", "prod", [][]keyspace.Range{{{
-			Subnet: prefix, Start: prefix.Addr().Next(), End: netip.AddrFrom4(last), Gateway: prefix.Addr().Next(),
+			Subnet: prefix, Start: prefix.Addr().Next(), End: last, Gateway: prefix.Addr().Next(),
 		}}}, nil, false, 16, 0)
 		if err != nil {
 			return err

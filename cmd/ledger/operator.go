@@ -248,12 +248,19 @@ one more, and each node must run 'ledger recover node' before it allocates again
 it holds and it does not is released, what it holds and etcd does not say is
 put back. An address that it holds and etcd gives to another is a conflict: it is
 listed, nothing is resolved, and the exit status is 1. Run it again once the other
-node has recovered, too.`,
+node has recovered, too.
+
+What it holds is in its state directory. Where that was lost (after 'ledger node
+replace'), or to be sure, ask the runtime with --cri or give its list with
+--containers ('crictl pods -q --no-trunc --state ready'): what does not run is let go,
+and what runs keeps the address that etcd says it has.`,
 		Args:        args(0, 0, ""),
 		Annotations: formats("table,json,yaml"),
 	}
 	nodeReason := reasonFlag(node)
-	node.RunE = func(cmd *cobra.Command, _ []string) error { return a.recoverNode(cmd.Context(), *nodeReason) }
+	var runtime runtimeList
+	runtime.flags(node)
+	node.RunE = func(cmd *cobra.Command, _ []string) error { return a.recoverNode(cmd.Context(), &runtime, *nodeReason) }
 	c.AddCommand(start, node)
 	return c
 }
@@ -275,13 +282,26 @@ type recoveredConflict struct {
 	Reason     string                `json:"reason"`
 }
 
-func (a *app) recoverNode(ctx context.Context, reason string) error {
+func (a *app) recoverNode(ctx context.Context, runtime *runtimeList, reason string) error {
+	var runs func(keyspace.AttachmentID) bool
+	if runtime.given() {
+		ids, _, err := runtime.read(ctx, a)
+		if err != nil {
+			return err
+		}
+		// The list may come from a pipe whose other end failed.
+		if len(ids) == 0 && runtime.containers != "" {
+			return refuse("where nothing runs, let --cri say so",
+				"--containers %s lists no sandbox: all that this node holds would be released", runtime.containers)
+		}
+		runs = func(id keyspace.AttachmentID) bool { return ids[id.Container] }
+	}
 	w, done, err := a.node(true)
 	if err != nil {
 		return err
 	}
 	defer done()
-	r, rerr := w.Recover(ctx, reason)
+	r, rerr := w.Recover(ctx, runs, reason)
 	if r == nil {
 		return rerr
 	}
@@ -317,46 +337,6 @@ func (a *app) recoverNode(ctx context.Context, reason string) error {
 			"%s is not recovered: %s left", v.Node, count(len(v.Conflicts), "conflict"))
 	}
 	return nil
-}
-
-func (a *app) nodeCommands() *cobra.Command {
-	c := &cobra.Command{Use: "node", Short: "Replace a node (or operator) that lost its identity", RunE: a.group("replace"), Args: cobra.ArbitraryArgs}
-	var operator bool
-	replace := &cobra.Command{
-		Use:   "replace NODE --reason TEXT",
-		Short: "Let a node that lost its key or state open a new chain",
-		Long: `Let a node that refuses with code 104 for its identity or its chain (reinstalled,
-state directory lost, copied or damaged) open a new chain. The old chain is closed
-at its present head: nothing that is added to it counts any more. The leases that
-etcd has for the node stay.
-
-Make sure that no second machine runs under that name.`,
-		Args: args(1, 1, "a node's name"),
-	}
-	replace.Flags().BoolVar(&operator, "operator", false, "NODE is an operator's name, not a node's")
-	reason := reasonFlag(replace)
-	replace.RunE = func(cmd *cobra.Command, args []string) error {
-		if err := needReason(*reason); err != nil {
-			return err
-		}
-		lost := entry.Writer{Kind: entry.KindNode, Name: args[0]}
-		if operator {
-			lost.Kind = entry.KindOperator
-		}
-		if err := lost.Validate(); err != nil {
-			return usage("%w", err)
-		}
-		return a.asOperator(func(w *allocator.Writer) error {
-			ref, err := w.Replace(cmd.Context(), lost, *reason)
-			if err != nil {
-				return err
-			}
-			a.printf("%s may open a new chain; its old one, %s, ends at entry %d\n", lost, ref.Chain, ref.Seq)
-			return nil
-		})
-	}
-	c.AddCommand(replace)
-	return c
 }
 
 func (a *app) unclaim() *cobra.Command {
@@ -473,7 +453,7 @@ pod that gets it collides with it.`,
 			}
 		}
 		return a.asOperator(func(w *allocator.Writer) error {
-			if err := w.ReleaseLease(ctx, id, *reason); err != nil {
+			if err := w.ReleaseLease(ctx, id, value.Acquire, *reason); err != nil {
 				return err
 			}
 			for _, l := range value.Leases {
@@ -516,7 +496,7 @@ func (a *app) lookUp(ctx context.Context, f func(r *reader) error) error {
 	if err := r.haveLedger(); err != nil {
 		return err
 	}
-	return f(r)
+	return r.store.Explain(ctx, f(r))
 }
 
 // value reads one key; false if it is absent.

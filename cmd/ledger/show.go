@@ -32,7 +32,8 @@ type shown struct {
 	Stops       []keyspace.Stop `json:"stops,omitempty"`
 	Revision    int64           `json:"revision"`
 	Taken       time.Time       `json:"taken"`
-	Etcd        *shownEtcd      `json:"etcd,omitempty"` // absent for an export
+	Etcd        *shownEtcd      `json:"etcd,omitempty"`         // absent for an export
+	Certs       []shownCert     `json:"certificates,omitempty"` // where TLS is spoken
 	Spaces      []shownSpace    `json:"spaces"`
 	Pools       []shownPool     `json:"pools"`
 	Nodes       []shownNode     `json:"nodes"`
@@ -52,6 +53,11 @@ type shownEtcd struct {
 	EntriesPer   float64  `json:"entriesPerDay,omitempty"`
 	DaysLeft     *float64 `json:"daysLeft"` // null: not known
 	DaysLeftNote string   `json:"daysLeftNote,omitempty"`
+}
+
+type shownCert struct {
+	etcdstore.Cert
+	DaysLeft int `json:"daysLeft"` // negative once it has expired
 }
 
 type shownSpace struct {
@@ -128,6 +134,7 @@ addresses are still among it.
 			ctx := cmd.Context()
 			var st *state
 			var etcd *shownEtcd
+			var certs []shownCert
 			err := a.read(ctx, from, func(src audit.Source, live *reader) (err error) {
 				if st, err = readState(ctx, src); err != nil {
 					return err
@@ -136,6 +143,7 @@ addresses are still among it.
 					return fmt.Errorf("%w: %s is absent", errNoLedger, st.keys.Meta())
 				}
 				if live != nil {
+					certs = a.certs(live.store)
 					etcd, err = a.room(ctx, live, st)
 				}
 				return err
@@ -143,7 +151,7 @@ addresses are still among it.
 			if err != nil {
 				return err
 			}
-			return a.showState(st, etcd, blocks, leases)
+			return a.showState(st, etcd, certs, blocks, leases)
 		},
 	}
 	c.Flags().BoolVar(&blocks, "blocks", false, "also each block")
@@ -152,7 +160,25 @@ addresses are still among it.
 	return c
 }
 
-func (a *app) showState(st *state, etcd *shownEtcd, blocks, leases bool) error {
+// certs are the certificates that this very connection rests on: those in our
+// files and the one that etcd showed.
+func (a *app) certs(store *etcdstore.Store) (out []shownCert) {
+	shown, ok := store.Serving()
+	if !ok {
+		return nil
+	}
+	now := a.now()
+	files, err := etcdstore.FromSettings(*a.loaded).Files(now)
+	if err != nil { // they were replaced just now
+		a.warn("%v", err)
+	}
+	for _, c := range append(files, shown) {
+		out = append(out, shownCert{c, c.Days(now)})
+	}
+	return out
+}
+
+func (a *app) showState(st *state, etcd *shownEtcd, certs []shownCert, blocks, leases bool) error {
 	now := a.now()
 	if etcd == nil {
 		now = st.snap.Taken // an export is judged by its own time
@@ -160,7 +186,7 @@ func (a *app) showState(st *state, etcd *shownEtcd, blocks, leases bool) error {
 	t := st.tally(now)
 	v := &shown{
 		Cluster: st.meta.Cluster, EtcdCluster: st.snap.EtcdCluster, Epoch: st.meta.Epoch, State: st.meta.State, Recovering: st.meta.Recovering,
-		Stops: st.stops, Revision: st.snap.Revision, Taken: st.snap.Taken, Etcd: etcd, Unreadable: st.unreadable,
+		Stops: st.stops, Revision: st.snap.Revision, Taken: st.snap.Taken, Etcd: etcd, Certs: certs, Unreadable: st.unreadable,
 		Spaces: []shownSpace{}, Pools: []shownPool{}, Nodes: []shownNode{},
 	}
 	for id, p := range t.pools {
@@ -246,6 +272,7 @@ func (a *app) showText(v *shown) {
 		for _, alarm := range e.Alarms {
 			a.printf("%s   %s\n", a.paint(red, "ALARM"), printable(alarm))
 		}
+		a.showCerts(v.Certs)
 	} else {
 		a.printf("export  of etcd cluster %s, taken %s\n", v.EtcdCluster, stamp(v.Taken))
 	}
@@ -322,6 +349,27 @@ func (a *app) showText(v *shown) {
 	}
 }
 
+// showCerts prints a line about certificates, if there are any.
+func (a *app) showCerts(certs []shownCert) {
+	if len(certs) == 0 {
+		return
+	}
+	now := a.now()
+	var list []string
+	for _, c := range certs {
+		text := fmt.Sprintf("%s until %s (%s)", c.Kind, c.NotAfter.Format(time.DateOnly), daysLeft(&c.Cert, now))
+		switch c.Standing(now) {
+		case etcdstore.Valid:
+		case etcdstore.EndsSoon:
+			text = a.paint(yellow, "RENEW SOON: "+text)
+		default:
+			text = a.paint(red, "RENEW: "+text)
+		}
+		list = append(list, text)
+	}
+	a.printf("TLS     %s\n", strings.Join(list, ", "))
+}
+
 // pick leaves the third cell out where no pool has a size to show.
 func pick(third bool, cells ...string) []string {
 	if third {
@@ -369,7 +417,10 @@ func (a *app) room(ctx context.Context, r *reader, st *state) (*shownEtcd, error
 	}
 	e := &shownEtcd{Endpoint: strings.Join(a.loaded.Endpoints, ","), Version: s.Version, Size: s.DbSize, InUse: s.DbSizeInUse, Quota: s.DbSizeQuota, Alarms: s.Errors}
 	g, err := a.growth(ctx, r, st)
-	if err != nil {
+	if errors.Is(err, rpctypes.ErrPermissionDenied) {
+		e.DaysLeftNote = "a node's role does not count others' entries"
+		return e, nil
+	} else if err != nil {
 		return nil, err
 	}
 	if g.note != "" {

@@ -30,11 +30,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The member's name and peer address. Nobody joins it, so they are constant;
-// with the token they decide etcd's cluster ID.
+// The member's name and peer address, for who restores a snapshot by other means
+// than Restore. Nobody joins it, so they are constant; with the token they decide
+// etcd's cluster ID.
 const (
-	name    = "lab"
-	peerURL = "http://127.0.0.1:0"
+	Name    = "lab"
+	PeerURL = "http://127.0.0.1:0"
 )
 
 // startTimeout is how long a member may take until it answers.
@@ -132,7 +133,7 @@ func holdPort(host string) (*os.File, string, error) {
 
 func (m *Member) start() error {
 	c := embed.NewConfig()
-	c.Name = name
+	c.Name = Name
 	c.Dir = m.opts.Dir
 	c.InitialClusterToken = m.opts.Token
 	c.UnsafeNoFsync = m.opts.NoFsync
@@ -144,7 +145,7 @@ func (m *Member) start() error {
 	c.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
 	// Only a port that we hold is shared: a fixed one that is taken must fail.
 	c.SocketOpts.ReusePort = m.hold != nil
-	peer, err := url.Parse(peerURL)
+	peer, err := url.Parse(PeerURL)
 	if err != nil {
 		return fmt.Errorf("etcd member: %w", err)
 	}
@@ -154,7 +155,7 @@ func (m *Member) start() error {
 	}
 	c.ListenPeerUrls, c.AdvertisePeerUrls = []url.URL{*peer}, []url.URL{*peer}
 	c.ListenClientUrls, c.AdvertiseClientUrls = []url.URL{*client}, []url.URL{*client}
-	c.InitialCluster = c.InitialClusterFromName(name)
+	c.InitialCluster = c.InitialClusterFromName(Name)
 	if t := m.opts.TLS; t != nil {
 		c.ClientTLSInfo = transport.TLSInfo{
 			CertFile: t.CertFile, KeyFile: t.KeyFile,
@@ -261,10 +262,10 @@ func setAside(dir string) error {
 func RestoreDir(file, dir, token string) error {
 	err := snapshot.NewV3(zap.NewNop()).Restore(snapshot.RestoreConfig{
 		SnapshotPath:        file,
-		Name:                name,
+		Name:                Name,
 		OutputDataDir:       dir,
-		PeerURLs:            []string{peerURL},
-		InitialCluster:      name + "=" + peerURL,
+		PeerURLs:            []string{PeerURL},
+		InitialCluster:      Name + "=" + PeerURL,
 		InitialClusterToken: token,
 	})
 	if err != nil {

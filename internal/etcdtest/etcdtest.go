@@ -33,8 +33,9 @@ const timeout = 30 * time.Second
 
 // Etcd is a running etcd.
 type Etcd struct {
-	member *etcdmember.Member
-	tls    *Files
+	member    *etcdmember.Member
+	tls       *Files
+	authority *Authority
 }
 
 // Files are the paths of throw-away TLS files, each of mode 0600.
@@ -51,12 +52,17 @@ func Start(t testing.TB, options ...func(*etcdmember.Options)) *Etcd {
 // certificate. The files are a client's: the CA, its certificate and its key.
 func StartTLS(t testing.TB, options ...func(*etcdmember.Options)) (*Etcd, Files) {
 	t.Helper()
-	server, client := certificates(t)
+	ca := NewAuthority(t)
+	server, client := ca.Issue(t, "server"), ca.Issue(t, "client")
 	e := start(t, &client, append([]func(*etcdmember.Options){func(o *etcdmember.Options) {
 		o.TLS = &etcdmember.TLS{CAFile: server.CA, CertFile: server.Cert, KeyFile: server.Key}
 	}}, options...))
+	e.authority = ca
 	return e, client
 }
+
+// Authority is the one whose certificates it takes, where it speaks TLS.
+func (e *Etcd) Authority() *Authority { return e.authority }
 
 func start(t testing.TB, tls *Files, options []func(*etcdmember.Options)) *Etcd {
 	t.Helper()
@@ -80,6 +86,9 @@ func start(t testing.TB, tls *Files, options []func(*etcdmember.Options)) *Etcd 
 // Restart and Restore.
 func (e *Etcd) Endpoint() string { return e.member.Endpoint() }
 
+// Dir is its data directory, to copy while it is stopped.
+func (e *Etcd) Dir() string { return e.member.Dir() }
+
 // Stop stops it. Its data and its port stay.
 func (e *Etcd) Stop() { e.member.Stop() }
 
@@ -90,6 +99,10 @@ func (e *Etcd) Restart(t testing.TB) {
 		t.Fatal(err)
 	}
 }
+
+// As makes Config and Client use another certificate from here on, such as that
+// of a user of etcd.
+func (e *Etcd) As(f Files) { e.tls = &f }
 
 // Config is what a client needs to reach it.
 func (e *Etcd) Config(t testing.TB) clientv3.Config {
@@ -147,9 +160,11 @@ func (e *Etcd) StartFrom(t testing.TB, file string, newToken bool) *Etcd {
 	if err := etcdmember.RestoreDir(file, dir, token); err != nil {
 		t.Fatal(err)
 	}
-	return start(t, e.tls, []func(*etcdmember.Options){func(o *etcdmember.Options) {
+	fork := start(t, e.tls, []func(*etcdmember.Options){func(o *etcdmember.Options) {
 		o.Dir, o.Token, o.TLS = dir, token, e.member.TLS()
 	}})
+	fork.authority = e.authority
+	return fork
 }
 
 func (e *Etcd) token(another bool) string {

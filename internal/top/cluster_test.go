@@ -23,6 +23,7 @@ import (
 type cluster struct {
 	t    testing.TB
 	etcd *etcdtest.Etcd
+	cfg  etcdstore.Config
 	keys keyspace.Keys
 	now  func() time.Time
 	dir  string
@@ -33,7 +34,12 @@ type cluster struct {
 
 func newCluster(t testing.TB, e *etcdtest.Etcd) *cluster {
 	t.Helper()
-	c := &cluster{t: t, etcd: e, keys: mustKeys(t), now: time.Now, dir: t.TempDir(), writers: map[string]*allocator.Writer{}, pools: map[string]*allocator.Pool{}}
+	return newClusterOn(t, e, etcdstore.Config{Endpoints: []string{e.Endpoint()}})
+}
+
+func newClusterOn(t testing.TB, e *etcdtest.Etcd, cfg etcdstore.Config) *cluster {
+	t.Helper()
+	c := &cluster{t: t, etcd: e, cfg: cfg, keys: mustKeys(t), now: time.Now, dir: t.TempDir(), writers: map[string]*allocator.Writer{}, pools: map[string]*allocator.Pool{}}
 	if _, _, err := c.writer(entry.Writer{Kind: entry.KindOperator, Name: "alice@test"}).Init(t.Context(), "test"); err != nil {
 		t.Fatal(err)
 	}
@@ -49,7 +55,7 @@ func (c *cluster) writer(w entry.Writer) *allocator.Writer {
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	store := etcdstore.New(etcdstore.Config{Endpoints: []string{c.etcd.Endpoint()}})
+	store := etcdstore.New(c.cfg)
 	c.t.Cleanup(func() { store.Close() })
 	out, err := allocator.NewWriter(allocator.Config{
 		Writer: w, Store: store, Dir: d, Keys: c.keys, Now: func() time.Time { return c.now() }, Timeout: 30 * time.Second, Random: func() uint64 { return 0 },

@@ -29,6 +29,7 @@ const (
 	ask         = 3                      // every how many pulses etcd is asked whether it is there
 	answer      = 3 * time.Second        // how long it may take to say so
 	longestWait = 5 * time.Second        // between two attempts to connect
+	looks       = 5 * time.Minute        // how often certificates are looked at
 	steps       = 50                     // of an address's history
 )
 
@@ -131,7 +132,10 @@ func (f *feed) session(ctx context.Context) error {
 	}
 	defer store.Close()
 	ctx, cancel := context.WithCancel(ctx)
+	var background sync.WaitGroup
+	defer background.Wait()
 	defer cancel()
+	background.Go(func() { f.certificates(ctx) })
 	f.answered = f.now()
 	if len(reply.Ranges[0].KVs) == 0 {
 		f.at = 0
@@ -149,6 +153,29 @@ func (f *feed) session(ctx context.Context) error {
 	}
 	f.send(Found{})
 	return f.follow(ctx, client)
+}
+
+// certificates tells which certificate ends first, in the files and as the
+// endpoints show them now.
+func (f *feed) certificates(ctx context.Context) {
+	for {
+		var ev Certificate
+		if c := etcdstore.Earliest(f.cfg.Look(ctx, f.now())); c != nil {
+			ev = Certificate{What: strings.TrimPrefix(c.Kind.String(), "etcd's "), Until: c.NotAfter, Warn: c.NotAfter.Add(-etcdstore.WarnBefore)}
+			if c.Kind == etcdstore.EtcdCert {
+				ev.What += " of etcd"
+			}
+		}
+		if ctx.Err() != nil {
+			return // it was not looked at to the end
+		}
+		f.send(ev)
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(looks):
+		}
+	}
 }
 
 // load reads all that is live, and the last entries.

@@ -62,6 +62,12 @@ type (
 		Cause   string
 		Answers bool // etcd is there, the ledger is not
 	}
+	// Certificate is the one that ends first, of those that contact rests on;
+	// without an end there is none. From Warn on it is time to renew it.
+	Certificate struct {
+		What        string
+		Warn, Until time.Time
+	}
 	// Note is something to be told once.
 	Note struct{ Text string }
 	// Verifying is how far a verification is.
@@ -155,6 +161,7 @@ type Model struct {
 	log     []Line // oldest first
 	lost    *Lost
 	waiting bool // nothing was heard yet
+	cert    Certificate
 	note    string
 	noted   time.Time
 
@@ -209,6 +216,8 @@ func (m *Model) Update(ev Event) []Ask {
 			ev.Since = m.lost.Since
 		}
 		m.lost, m.waiting = &ev, false
+	case Certificate:
+		m.cert = ev
 	case Note:
 		m.note, m.noted = ev.Text, m.now
 	case Verifying:

@@ -310,6 +310,27 @@ func TestBad(t *testing.T) {
 	}
 }
 
+// TestCertificate: the one that ends first is said in time, and no sooner.
+func TestCertificate(t *testing.T) {
+	f := typical(t, Options{Plain: true})
+	said := func() bool { return strings.Contains(f.view(80, 24), "certificate") }
+	until := noon.Add(20 * 24 * time.Hour)
+	f.send(Certificate{What: "client certificate", Until: until, Warn: until.Add(-14 * 24 * time.Hour)})
+	if said() {
+		t.Errorf("twenty days before its end:\n%s", f.view(80, 24))
+	}
+	f.send(Tick{until.Add(-5*24*time.Hour - time.Minute)})
+	f.sees("the client certificate ends in 5 days, at " + until.Format(time.DateTime) + ": renew it")
+	f.send(Tick{until.Add(-90 * time.Minute)})
+	f.sees("the client certificate ends in 1 h")
+	f.send(Tick{until.Add(time.Hour)})
+	f.sees("the client certificate ended at 14:03:07 (60 min ago): renew it")
+	f.send(Certificate{})
+	if said() {
+		t.Errorf("it is gone:\n%s", f.view(80, 24))
+	}
+}
+
 // TestBegin: nothing is said before it is known.
 func TestBegin(t *testing.T) {
 	f := newFixture(t, Options{Plain: true, Verify: true, Pool: "prod"})

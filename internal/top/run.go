@@ -60,7 +60,7 @@ func (p *program) Update(msg tea.Msg) (tea.Model, tea.Cmd) {
 		return p, p.do(Background{msg.IsDark()})
 	case tick:
 		return p, tea.Batch(p.do(Tick{time.Time(msg)}), p.second())
-	case Loaded, Changes, Found, Lost, Note, Verifying, Verified, History:
+	case Loaded, Changes, Found, Lost, Certificate, Note, Verifying, Verified, History:
 		return p, p.do(msg)
 	}
 	return p, nil

@@ -160,6 +160,13 @@ func (m *Model) alerts(wide int) (out []string) {
 		}
 		say(t.alarm, "%s: %s", what, m.lost.Cause)
 	}
+	switch c := &m.cert; {
+	case c.Until.IsZero() || m.now.Before(c.Warn):
+	case m.now.Before(c.Until):
+		say(t.warn, "the %s ends in %s, at %s: renew it", c.What, until(c.Until.Sub(m.now)), c.Until.UTC().Format(time.DateTime))
+	default:
+		say(t.alarm, "the %s ended at %s: renew it", c.What, m.moment(c.Until))
+	}
 	if m.led == nil {
 		return out
 	}
@@ -195,6 +202,13 @@ func (m *Model) moment(t time.Time) string {
 		layout = "2006-01-02 15:04:05"
 	}
 	return fmt.Sprintf("%s (%s)", t.UTC().Format(layout), ago(m.now.Sub(t)))
+}
+
+func until(d time.Duration) string {
+	if d < 48*time.Hour {
+		return fmt.Sprintf("%d h", int(d.Hours()))
+	}
+	return fmt.Sprintf("%d days", int(d.Hours()/24))
 }
 
 func ago(d time.Duration) string {

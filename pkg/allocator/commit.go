@@ -25,8 +25,12 @@ type change struct {
 	writer  func(w *keyspace.Writer, refs []entry.Ref) // adjusts the writer's value
 }
 
-// maxHints is how many claims the writer's value lists.
-const maxHints = 8
+// maxHints is how many claims the writer's value lists, and maxHint how long one
+// is at most. No hash covers them: what somebody else put there is not carried on.
+const (
+	maxHints = 8
+	maxHint  = 2*entry.MaxName + 64
+)
 
 // commit signs and sends a change. It returns references to its entries;
 // errAgain after a conflict or an outcome that turned out not to be this
@@ -44,7 +48,8 @@ func (s *session) commit(v *view, c change) ([]entry.Ref, error) {
 	}
 	w := keyspace.Writer{Chain: s.mark.Chain, Seq: s.mark.Seq, Hash: s.mark.Hash, Machine: s.Machine, Epoch: s.mark.Epoch}
 	if v.writer != nil {
-		w.Blocks = v.writer.Blocks
+		w.Blocks = slices.DeleteFunc(slices.Clone(v.writer.Blocks), func(b string) bool { return len(b) > maxHint })
+		w.Blocks = w.Blocks[:min(len(w.Blocks), maxHints)]
 		if !opens {
 			w.Closed, w.Recover = v.writer.Closed, v.writer.Recover
 		}
@@ -202,10 +207,46 @@ func (s *session) startAnew(v *view) error {
 		return err
 	}
 	s.Log.Warn("an operator replaced this writer: a new chain is opened", "closed", v.writer.Closed)
+	if s.Config.Writer.Kind != entry.KindNode {
+		return s.newMark(v, skey, entry.Ref{}, false)
+	}
 	// Pods that outlived the identity may hold what a restore has freed since:
 	// a recovery has to assert it first.
 	held, err := s.Dir.Holdings()
-	return s.newMark(v, skey, entry.Ref{}, s.Config.Writer.Kind == entry.KindNode && (err != nil || len(held) > 0))
+	if err := s.holdAgain(); err != nil {
+		return err
+	}
+	return s.newMark(v, skey, entry.Ref{}, err != nil || len(held) > 0)
+}
+
+// holdAgain notes what etcd says this node holds, and its state directory does
+// not know: it may have been lost under pods that run, which a recovery would
+// release. Those of pods that are gone are for the runtime's GC. A crash leaves
+// some; the next process does all of it again.
+func (s *session) holdAgain() error {
+	prefix := s.Keys.NodeAttachments(s.Config.Writer.Name)
+	r, err := s.Store.Read(s.ctx, false, []Get{{Key: prefix, End: keyspace.After(prefix)}})
+	if err != nil {
+		return err
+	}
+	for _, kv := range r.Ranges[0].KVs {
+		key, err := s.Keys.Parse(kv.Key)
+		var a keyspace.Attachment
+		if err == nil {
+			err = decodeAttachment(kv.Value, &a)
+		}
+		if err != nil {
+			s.Log.Warn("an attachment that cannot be read is not held again", "key", kv.Key, "err", err)
+			continue
+		}
+		if s.Dir.IsQueued(key.Attachment) || s.Dir.Holding(key.Attachment) != nil {
+			continue
+		}
+		if err := s.Dir.Hold(statedir.Holding{ID: key.Attachment, Value: a}); err != nil {
+			return fmt.Errorf("%w: %w", ErrState, err)
+		}
+	}
+	return nil
 }
 
 // open is the first entry of our chain.

@@ -35,6 +35,7 @@ type model struct {
 	next   int
 	// restored counts drills that are due: nothing may be allocated meanwhile.
 	restored bool
+	replaced map[string]bool // nodes that lost their state directory once
 }
 
 func (m *model) machineOf(id keyspace.AttachmentID) *machine {
@@ -212,6 +213,49 @@ func (m *model) gc() {
 	_ = n.run(func(w *Writer) error { _, err := w.GC(context.Background(), "net", keep); return err })
 }
 
+// reap: 'ledger gc', by the node or by an operator, ends the lease that it saw. A
+// lease that came since stays, whatever happens on the way.
+func (m *model) reap() {
+	id, ok := m.pick(m.live())
+	if !ok || m.restored {
+		return
+	}
+	kv, ok := m.w.store.now().keys[testKeys.Attachment(id)]
+	if !ok {
+		return
+	}
+	var a keyspace.Attachment
+	if err := keyspace.Decode(kv.value, &a); err != nil {
+		m.t.Fatal(err)
+	}
+	by := m.machineOf(id)
+	if rapid.Bool().Draw(m.t, "by an operator") {
+		by = m.w.admin
+	}
+	stale := rapid.Bool().Draw(m.t, "of an earlier lease")
+	if stale {
+		a.Acquire.Seq++
+	}
+	m.draw(by)
+	did, err := false, error(nil)
+	rerr := by.run(func(w *Writer) error { did, err = w.Reap(context.Background(), id, a.Acquire, "test"); return err })
+	switch {
+	case stale && did:
+		m.t.Fatalf("%v: a lease was ended that nobody named", id)
+	case !stale && !did && rerr == nil:
+		m.t.Fatalf("%v: its lease was not ended, and no error said so", id)
+	case !stale:
+		delete(m.told, id)
+		m.gone[id] = true
+		if by == m.w.admin { // it is not on the node any more either
+			dir, _ := statedir.Open(m.machineOf(id).dir)
+			if err := dir.Unhold(id); err != nil {
+				m.t.Fatal(err)
+			}
+		}
+	}
+}
+
 func (m *model) operatorRelease() {
 	ids := map[keyspace.AttachmentID]bool{}
 	for id := range m.told {
@@ -223,7 +267,7 @@ func (m *model) operatorRelease() {
 	}
 	m.draw(m.w.admin)
 	m.w.admin.conn.between = nil
-	err := m.w.admin.run(func(w *Writer) error { return w.ReleaseLease(context.Background(), id, "test") })
+	err := m.w.admin.run(func(w *Writer) error { return w.ReleaseLease(context.Background(), id, entry.Ref{}, "test") })
 	// Operators release what is not there any more; whether or not this one got
 	// an answer, the pod counts as gone.
 	_ = err
@@ -371,6 +415,7 @@ func (m *model) writerOf(n *machine) *keyspace.Writer {
 }
 
 func (m *model) replace(n *machine) {
+	m.replaced[n.who.Name] = true
 	m.w.admin.reconnect()
 	m.w.step = nil
 	err := m.w.admin.run(func(w *Writer) error { _, err := w.Replace(context.Background(), n.who, "test"); return err })
@@ -511,7 +556,7 @@ func (m *model) drill() {
 		for k := range state.keys {
 			if key, err := testKeys.Parse(k); err == nil && key.Kind == "attachments" && key.Attachment.Node == away.who.Name {
 				admin("release", func(x *Writer) error {
-					err := x.ReleaseLease(ctx, key.Attachment, "its node is gone")
+					err := x.ReleaseLease(ctx, key.Attachment, entry.Ref{}, "its node is gone")
 					if errors.Is(err, ErrNotFound) {
 						return nil
 					}
@@ -519,6 +564,11 @@ func (m *model) drill() {
 				})
 			}
 		}
+	}
+	// With the runtime's list, or by the holdings alone.
+	var runs func(keyspace.AttachmentID) bool
+	if rapid.Bool().Draw(m.t, "runtime's list") {
+		runs = func(id keyspace.AttachmentID) bool { return m.told[id] != nil }
 	}
 	for round := 0; len(done) < want; round++ {
 		if round > 12 {
@@ -541,7 +591,7 @@ func (m *model) drill() {
 				n.conn.between = nil
 			}
 			var r *Recovery
-			err := n.run(func(x *Writer) (err error) { r, err = x.Recover(ctx, "test"); return err })
+			err := n.run(func(x *Writer) (err error) { r, err = x.Recover(ctx, runs, "test"); return err })
 			if !done[n.who.Name] {
 				last = append(last, n.who.Name, fmt.Sprintf("%+v", r), err)
 			}
@@ -581,8 +631,15 @@ func (m *model) drill() {
 	if away != nil {
 		m.comeBack(away)
 	}
-	// Nothing that a pod was told is lost.
+	// A node that lost its state directory holds what etcd says, also where the
+	// restore brought it back: that is for GC to find.
 	state := w.store.now()
+	for k := range state.keys {
+		if key, err := testKeys.Parse(k); err == nil && key.Kind == "attachments" && m.told[key.Attachment] == nil && m.replaced[key.Attachment.Node] {
+			m.gone[key.Attachment] = true
+		}
+	}
+	// Nothing that a pod was told is lost.
 	for id, ips := range m.told {
 		for _, ip := range ips {
 			var a keyspace.Address
@@ -625,7 +682,7 @@ func (m *model) comeBack(n *machine) {
 	}
 	for try := range 4 {
 		var r *Recovery
-		err := n.run(func(x *Writer) (err error) { r, err = x.Recover(ctx, "back"); return err })
+		err := n.run(func(x *Writer) (err error) { r, err = x.Recover(ctx, nil, "back"); return err })
 		if err == nil && r.Done {
 			return
 		}
@@ -638,6 +695,12 @@ func (m *model) comeBack(n *machine) {
 	}
 }
 
+// queued reports whether the release of an attachment waits on its node.
+func (m *model) queued(id keyspace.AttachmentID) bool {
+	dir, _ := statedir.Open(m.machineOf(id).dir)
+	return dir.IsQueued(id)
+}
+
 // invariants hold after every step.
 func (m *model) invariants(t *rapid.T) {
 	m.w.store.check(t)
@@ -645,6 +708,11 @@ func (m *model) invariants(t *rapid.T) {
 		return
 	}
 	state := m.w.store.now()
+	for k := range state.keys {
+		if key, err := testKeys.Parse(k); err == nil && key.Kind == "attachments" && m.told[key.Attachment] == nil && !m.gone[key.Attachment] && !m.queued(key.Attachment) {
+			t.Fatalf("%v is leased, and no runtime knows of it any more", key.Attachment)
+		}
+	}
 	for id, ips := range m.told {
 		var a keyspace.Attachment
 		kv, ok := state.keys[testKeys.Attachment(id)]
@@ -724,7 +792,7 @@ func TestModel(t *testing.T) {
 		w.init(t)
 		// The keys that restores may not undo.
 		w.store.history = w.store.history[len(w.store.history)-1:]
-		m := &model{t: rt, w: w, told: map[keyspace.AttachmentID][]netip.Addr{}, gone: map[keyspace.AttachmentID]bool{}}
+		m := &model{t: rt, w: w, told: map[keyspace.AttachmentID][]netip.Addr{}, gone: map[keyspace.AttachmentID]bool{}, replaced: map[string]bool{}}
 		size := rapid.SampledFrom([]int{2, 4}).Draw(rt, "blockSize")
 		small, err := NewPool("default", "net", rangeSets("10.22.0.0/28"), nil, rapid.Bool().Draw(rt, "strict"), size, 0)
 		if err != nil {
@@ -745,6 +813,7 @@ func TestModel(t *testing.T) {
 			"check":           func(*rapid.T) { m.check() },
 			"gc":              func(*rapid.T) { m.gc() },
 			"operatorRelease": func(*rapid.T) { m.operatorRelease() },
+			"reap":            func(*rapid.T) { m.reap() },
 			"unclaim":         func(*rapid.T) { m.unclaim() },
 			"land":            func(*rapid.T) { m.land() },
 			"freeze":          func(*rapid.T) { m.toggleFreeze() },

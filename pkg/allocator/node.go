@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/ipam-ledger/ipam-ledger/pkg/audit/entry"
@@ -230,7 +231,7 @@ func (s *session) existing(req *Request, kv KV, v *view) (*keyspace.Attachment, 
 		return nil, errors.New("must be read again, linearizable")
 	}
 	var a keyspace.Attachment
-	if err := keyspace.Decode(kv.Value, &a); err != nil {
+	if err := decodeAttachment(kv.Value, &a); err != nil {
 		return nil, fmt.Errorf("%w: %s: %w; run 'ledger verify'", ErrIntegrity, kv.Key, err)
 	}
 	if err := s.confirm(req.ID, &a); err != nil {
@@ -305,6 +306,13 @@ func (w *Writer) Release(ctx context.Context, id keyspace.AttachmentID, reason s
 	if err == nil {
 		return nil
 	}
+	// Where the node's name was changed, the pod is from before: etcd has it under
+	// the name that the state directory remembers.
+	if m, merr := w.Dir.LoadMark(); merr == nil && m != nil && id.Node == w.Config.Writer.Name {
+		if was, ok := strings.CutPrefix(m.Writer, string(entry.KindNode)+"/"); ok {
+			id.Node = was
+		}
+	}
 	w.Log.Warn("release queued", "attachment", id.String(), "err", err)
 	if err := w.Dir.Enqueue(statedir.Queued{Attachment: id, Time: w.Now().UTC(), Reason: reason}); err != nil {
 		return fmt.Errorf("%w: release of %v can be neither committed nor queued: %w", ErrState, id, err)
@@ -327,7 +335,7 @@ func (s *session) letGo(id keyspace.AttachmentID, reason string) error {
 	if err := s.Dir.Unhold(id); err != nil {
 		return fmt.Errorf("%w: %w", ErrState, err)
 	}
-	if err := s.release(id, guess, reason); err != nil {
+	if err := s.release(id, entry.Ref{}, guess, reason); err != nil {
 		return err
 	}
 	if err := s.Dir.Dequeue(id); err != nil {
@@ -336,14 +344,18 @@ func (s *session) letGo(id keyspace.AttachmentID, reason string) error {
 	return nil
 }
 
-// release commits the end of an attachment's lease, whatever it is. That there
-// is none is read linearizable. guess is what it may hold, or nil.
-func (s *session) release(id keyspace.AttachmentID, guess *keyspace.Attachment, reason string) error {
+// release commits the end of an attachment's lease: of the one that only names
+// (ErrNotFound says that it is not there any more), or where only is zero of
+// whatever it is. That there is none is read linearizable. guess is what it may
+// hold, or nil.
+func (s *session) release(id keyspace.AttachmentID, only entry.Ref, guess *keyspace.Attachment, reason string) error {
 	for serializable, tries := true, 0; ; serializable = false {
-		next, err := s.tryRelease(id, guess, reason, serializable)
+		next, err := s.tryRelease(id, only, guess, reason, serializable)
 		switch {
 		case err == nil && next == nil:
 			return nil
+		case errors.Is(err, ErrNotFound) && tries > 0:
+			return nil // a try whose reply was lost did it, or somebody else since
 		case err == nil:
 			guess = next // its addresses must be read too
 		case errors.Is(err, errAgain):
@@ -361,7 +373,7 @@ func (s *session) release(id keyspace.AttachmentID, guess *keyspace.Attachment, 
 }
 
 // tryRelease returns the attachment's value if it is not as guessed.
-func (s *session) tryRelease(id keyspace.AttachmentID, guess *keyspace.Attachment, reason string, serializable bool) (*keyspace.Attachment, error) {
+func (s *session) tryRelease(id keyspace.AttachmentID, only entry.Ref, guess *keyspace.Attachment, reason string, serializable bool) (*keyspace.Attachment, error) {
 	attachment := s.Keys.Attachment(id)
 	gets := []Get{{Key: attachment}}
 	if guess != nil {
@@ -375,12 +387,18 @@ func (s *session) tryRelease(id keyspace.AttachmentID, guess *keyspace.Attachmen
 		if v.serializable {
 			return nil, errors.New("must be read again, linearizable")
 		}
+		if !only.IsZero() {
+			return nil, fmt.Errorf("lease %s of %v: %w", only, id, ErrNotFound)
+		}
 		return nil, nil
 	}
 	kv := v.extra[0].KVs[0]
 	var a keyspace.Attachment
-	if err := keyspace.Decode(kv.Value, &a); err != nil {
+	if err := decodeAttachment(kv.Value, &a); err != nil {
 		return nil, fmt.Errorf("%w: %s: %w; run 'ledger verify'", ErrIntegrity, kv.Key, err)
+	}
+	if !only.IsZero() && a.Acquire != only {
+		return nil, fmt.Errorf("lease %s of %v: %w: it is lease %s now", only, id, ErrNotFound, a.Acquire)
 	}
 	if guess == nil || a.Space != guess.Space || !slices.Equal(addrsOf(a.Leases), addrsOf(guess.Leases)) {
 		return &a, nil
@@ -490,7 +508,7 @@ func (w *Writer) Check(ctx context.Context, id keyspace.AttachmentID, ips []neti
 			return fmt.Errorf("%w: %v holds no address, and prevResult says %v", ErrMismatch, id, ips)
 		}
 		var a keyspace.Attachment
-		if err := keyspace.Decode(v.extra[0].KVs[0].Value, &a); err != nil {
+		if err := decodeAttachment(v.extra[0].KVs[0].Value, &a); err != nil {
 			return fmt.Errorf("%w: %s: %w; run 'ledger verify'", ErrIntegrity, v.extra[0].KVs[0].Key, err)
 		}
 		if err := s.confirm(id, &a); err != nil {
@@ -531,6 +549,19 @@ func (w *Writer) GC(ctx context.Context, network string, keep map[keyspace.Attac
 				ids = append(ids, key.Attachment)
 			}
 		}
+		// A pod whose lease an operator ended, or that a drill left out, is not in
+		// etcd any more: a recovery must not bring it back.
+		holdings, err := s.Dir.Holdings()
+		if err != nil {
+			s.Log.Warn("the holdings cannot be read in full", "err", err)
+		}
+		for _, h := range holdings {
+			if h.ID.Node == node && h.ID.Network == network && !keep[h.ID] && !slices.Contains(ids, h.ID) {
+				if err := s.Dir.Unhold(h.ID); err != nil {
+					return fmt.Errorf("%w: %w", ErrState, err)
+				}
+			}
+		}
 		return nil
 	})
 	if err != nil {
@@ -548,6 +579,26 @@ func (w *Writer) GC(ctx context.Context, network string, keep map[keyspace.Attac
 		released = append(released, id)
 	}
 	return released, errors.Join(errs...)
+}
+
+// Reap ends a lease that nobody uses any more: the one that acquire names, and
+// no other that the attachment may have by then (its key is compared in the
+// transaction). It reports whether it did; a lease that is gone is no error. Where
+// the writer is the attachment's node, what the node remembers of it goes, too.
+func (w *Writer) Reap(ctx context.Context, id keyspace.AttachmentID, acquire entry.Ref, reason string) (bool, error) {
+	err := w.with(ctx, func(s *session) error {
+		// First, as in letGo.
+		if h := s.Dir.Holding(id); h != nil && h.Value.Acquire == acquire {
+			if err := s.Dir.Unhold(id); err != nil {
+				return fmt.Errorf("%w: %w", ErrState, err)
+			}
+		}
+		return s.release(id, acquire, nil, reason)
+	})
+	if errors.Is(err, ErrNotFound) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // Probe is STATUS's question: it fails for what is wrong with this writer

@@ -148,18 +148,13 @@ func (w *Writer) Freeze(ctx context.Context, reason string) (changed bool, err e
 	return changed, err
 }
 
-// ReleaseLease ends the lease of any node's attachment, on this operator's
-// chain. ErrNotFound says that there is none.
-func (w *Writer) ReleaseLease(ctx context.Context, id keyspace.AttachmentID, reason string) error {
+// ReleaseLease ends the lease that acquire names, of any node's attachment, on
+// this operator's chain, also while the ledger is frozen. ErrNotFound says that
+// the attachment has none, or another by now. A zero acquire means whatever it
+// is, or nothing.
+func (w *Writer) ReleaseLease(ctx context.Context, id keyspace.AttachmentID, acquire entry.Ref, reason string) error {
 	return w.withSession(ctx, &session{Writer: w, anyState: true}, func(s *session) error {
-		v, err := s.look(false, Get{Key: s.Keys.Attachment(id)})
-		if err != nil {
-			return err
-		}
-		if len(v.extra[0].KVs) == 0 {
-			return fmt.Errorf("attachment %v: %w", id, ErrNotFound)
-		}
-		return s.release(id, nil, reason)
+		return s.release(id, acquire, nil, reason)
 	})
 }
 

@@ -54,25 +54,52 @@ func NewPool(space, name string, sets [][]keyspace.Range, exclude *netipx.IPSet,
 	if len(sets) == 0 || len(sets) > entry.MaxAddresses {
 		return nil, fmt.Errorf("pool %s has %d range sets: want 1 to %d", name, len(sets), entry.MaxAddresses)
 	}
+	if hold < 0 || hold > keyspace.MaxHold {
+		return nil, fmt.Errorf("pool %s: hold %v: want 0 to %v", name, hold, keyspace.MaxHold)
+	}
 	p := &Pool{Space: space, Name: name, Strict: strict, Hold: hold}
 	for i, ranges := range sets {
 		set, err := newRangeSet(ranges, exclude, blockSize)
 		if err != nil {
 			return nil, fmt.Errorf("pool %s, range set %d: %w", name, i, err)
 		}
+		for j := range p.Sets {
+			// An attachment has one address of each: it would get the same twice.
+			if p.Sets[j].all.Overlaps(set.all) {
+				return nil, fmt.Errorf("pool %s: range sets %d and %d overlap", name, j, i)
+			}
+		}
 		p.Sets = append(p.Sets, *set)
 	}
 	return p, nil
+}
+
+// validateRange refuses what host-local's rules would not have made. Inline ranges
+// come from there; named pools' come from etcd.
+func validateRange(r *keyspace.Range, four bool) error {
+	plain := func(ip netip.Addr) bool { return ip.IsValid() && !ip.Is4In6() && ip.Zone() == "" && ip.Is4() == four }
+	span := netipx.IPRangeFrom(r.Start, r.End)
+	switch {
+	case !r.Subnet.IsValid() || !plain(r.Subnet.Addr()):
+		return fmt.Errorf("subnet %v is none, or of another family than the others of its set", r.Subnet)
+	case !span.IsValid():
+		return fmt.Errorf("range %v-%v of %v is empty", r.Start, r.End, r.Subnet)
+	case !plain(r.Start) || !plain(r.End) || !r.Subnet.Contains(r.Start) || !r.Subnet.Contains(r.End):
+		return fmt.Errorf("range %v-%v is not in its subnet %v", r.Start, r.End, r.Subnet)
+	case r.Gateway.IsValid() && !plain(r.Gateway):
+		return fmt.Errorf("gateway %v is of another family than subnet %v", r.Gateway, r.Subnet)
+	}
+	return nil
 }
 
 func newRangeSet(ranges []keyspace.Range, exclude *netipx.IPSet, blockSize int) (*RangeSet, error) {
 	var set RangeSet
 	var all netipx.IPSetBuilder
 	for _, r := range ranges {
-		span := netipx.IPRangeFrom(r.Start, r.End)
-		if !span.IsValid() {
-			return nil, fmt.Errorf("range %v-%v of %v is empty", r.Start, r.End, r.Subnet)
+		if err := validateRange(&r, ranges[0].Subnet.Addr().Is4()); err != nil {
+			return nil, err
 		}
+		span := netipx.IPRangeFrom(r.Start, r.End)
 		all.AddRange(span)
 		var b netipx.IPSetBuilder
 		b.AddRange(span)

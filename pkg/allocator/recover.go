@@ -89,7 +89,12 @@ type Recovery struct {
 // does not say. A conflict (another node, not recovered yet, has the address in
 // the restored state) is listed, and the writer is not recovered until it is
 // gone: run it again then. An operator has no holdings.
-func (w *Writer) Recover(ctx context.Context, reason string) (*Recovery, error) {
+//
+// What a node holds is in its state directory. With runs, which says whether the
+// runtime knows an attachment, that is put right first: what is held and does not
+// run is forgotten, and what runs and etcd leases to it is held, though the
+// state directory was lost.
+func (w *Writer) Recover(ctx context.Context, runs func(keyspace.AttachmentID) bool, reason string) (*Recovery, error) {
 	out := new(Recovery)
 	if err := w.enterEpoch(ctx, out); err != nil {
 		return nil, err
@@ -115,8 +120,30 @@ func (w *Writer) Recover(ctx context.Context, reason string) (*Recovery, error) 
 		for _, h := range hh {
 			held[h.ID] = h.Value
 		}
-		live, err = s.liveAttachments()
-		return err
+		if live, err = s.liveAttachments(); err != nil || runs == nil {
+			return err
+		}
+		for id := range held {
+			if runs(id) {
+				continue
+			}
+			// The holding goes first, as in letGo: dying here leaves a lease that
+			// the next run releases.
+			if err := s.Dir.Unhold(id); err != nil {
+				return fmt.Errorf("%w: %w", ErrState, err)
+			}
+			delete(held, id)
+		}
+		for id, value := range live {
+			if _, ok := held[id]; ok || !runs(id) {
+				continue
+			}
+			if err := s.hold(id, value); err != nil {
+				return err
+			}
+			held[id] = value
+		}
+		return nil
 	})
 	if err != nil {
 		return nil, err
@@ -127,7 +154,7 @@ func (w *Writer) Recover(ctx context.Context, reason string) (*Recovery, error) 
 		}
 		err := drill(func(s *session) error {
 			// What it holds instead, if anything, is asserted next: the holding stays.
-			if err := s.release(id, nil, "recover: not held any more"); err != nil {
+			if err := s.release(id, entry.Ref{}, nil, "recover: not held any more"); err != nil {
 				return err
 			}
 			if err := s.Dir.Dequeue(id); err != nil {
@@ -337,8 +364,10 @@ func (s *session) mayThaw(v *view, writers []KV, nodes, without []string) error 
 			missing = append(missing, n+": has conflicts or did not finish; run 'ledger recover node' on it again")
 		}
 	}
-	for n := range seen {
-		if !slices.Contains(nodes, n) && !slices.Contains(without, n) {
+	for n, w := range seen {
+		// One that was removed, or replaced and not seen since, comes back by a
+		// chain of this epoch.
+		if w.Closed.IsZero() && !slices.Contains(nodes, n) && !slices.Contains(without, n) {
 			missing = append(missing, n+": is in etcd and neither in the list nor in --without")
 		}
 	}

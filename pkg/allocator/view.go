@@ -69,7 +69,7 @@ func (s *session) lookOnce(serializable bool, gets []Get) (*view, error) {
 	}
 	if kvs := r.Ranges[0].KVs; len(kvs) == 1 {
 		v.metaMod = kvs[0].Mod
-		if err := keyspace.Decode(kvs[0].Value, &v.meta); err != nil {
+		if err := decodeMeta(kvs[0].Value, &v.meta); err != nil {
 			return nil, fmt.Errorf("%w: %s cannot be read (a newer version's?): %w", ErrIntegrity, s.Keys.Meta(), err)
 		}
 	}
@@ -277,6 +277,11 @@ func (s *session) follow(v *view, tail Range) error {
 	if hash != w.Hash {
 		return s.unfit(v, "its head hash is %s, and entry %d has %s", w.Hash, seq, hash)
 	}
+	// Entry and head change in one transaction. Every commit compares that the next
+	// entry is absent, and would be tried until the deadline.
+	if len(kvs) > 0 && kvs[0].Key == s.Keys.Entry(s.Config.Writer, s.mark.Chain, seq+1) {
+		return s.unfit(v, "its head is entry %d, and entry %d is there, which no commit of this writer made", seq, seq+1)
+	}
 	if seq == s.mark.Seq {
 		return nil // these are the very bytes that we committed
 	}
@@ -348,8 +353,10 @@ func (s *session) refused(v *view) error {
 	}
 	if len(v.stops) > 0 {
 		var st keyspace.Stop
-		_ = keyspace.Decode(v.stops[0].Value, &st)
-		return fmt.Errorf("%w: %s stopped the cluster: %s; see 'ledger recover'", ErrIntegrity, v.stops[0].Key, st.Found)
+		if keyspace.Decode(v.stops[0].Value, &st) != nil {
+			st.Found = "its value cannot be read, and a stop is a stop"
+		}
+		return fmt.Errorf("%w: %.300q stopped the cluster: %.1000q; see 'ledger recover'", ErrIntegrity, v.stops[0].Key, st.Found)
 	}
 	if v.meta.State != keyspace.Running && !s.anyState {
 		return fmt.Errorf("%w: the ledger is %s; an operator ends that with 'ledger thaw'", ErrIntegrity, v.meta.State)
@@ -383,9 +390,14 @@ func (s *session) learn(k *known, n *need, answers []Range) error {
 		a := answers[i+j]
 		to := r.To()
 		if a.More {
-			last, err := s.Keys.Parse(a.KVs[len(a.KVs)-1].Key)
+			// Up to the last key that can be read: a stray one may end the page.
+			var last keyspace.Key
+			err := errors.New("no key")
+			for i := len(a.KVs) - 1; i >= 0 && err != nil; i-- {
+				last, err = s.Keys.Parse(a.KVs[i].Key)
+			}
 			if err != nil {
-				return fmt.Errorf("%w: %w", ErrIntegrity, err)
+				return fmt.Errorf("%w: %d keys from %.300q on are not ours: %w; run 'ledger verify'", ErrIntegrity, len(a.KVs), a.KVs[0].Key, err)
 			}
 			to = last.IP
 		}
@@ -401,7 +413,11 @@ func (s *session) learn(k *known, n *need, answers []Range) error {
 			switch key.Kind {
 			case "blocks":
 				var b keyspace.Block
-				if err := keyspace.Decode(kv.Value, &b); err != nil {
+				err := keyspace.Decode(kv.Value, &b)
+				if err == nil {
+					err = entry.ValidateName("node", b.Node)
+				}
+				if err != nil {
 					s.Log.Warn("a claim that cannot be read", "key", kv.Key, "err", err)
 					b.Node = "?" // somebody's
 				}
@@ -419,12 +435,40 @@ func decodeAddress(b []byte, a *keyspace.Address) error {
 		return err
 	}
 	switch {
-	case a.State == keyspace.Leased && a.Holder != nil && !a.Acquire.IsZero() && a.Release.IsZero():
+	case a.State == keyspace.Leased && a.Holder != nil && !a.Acquire.IsZero() && a.Release.IsZero() && a.HeldUntil == nil:
 	case a.State == keyspace.Free && a.Holder == nil && a.Acquire.IsZero() && !a.Release.IsZero():
 	default:
-		return fmt.Errorf("state %q does not go with its other fields", a.State)
+		return fmt.Errorf("state %.80q does not go with its other fields", a.State)
 	}
 	return nil
+}
+
+// decodeMeta reads meta. That of a newer version is left to who compares versions.
+func decodeMeta(b []byte, m *keyspace.Meta) error {
+	if err := keyspace.Decode(b, m); err != nil || m.Version > keyspace.FormatVersion {
+		return err
+	}
+	switch {
+	case m.Version < 1:
+		return fmt.Errorf("version %d: want 1 or more", m.Version)
+	case m.Epoch < 1:
+		return errors.New("epoch 0: want 1 or more")
+	case m.State != keyspace.Running && m.State != keyspace.Frozen:
+		return fmt.Errorf("state %.80q: want running or frozen", m.State)
+	}
+	if err := entry.ValidateName("etcdCluster", m.EtcdCluster); err != nil {
+		return err
+	}
+	return entry.ValidateName("cluster", m.Cluster)
+}
+
+// decodeAttachment reads an attachment's value, and refuses one that an ADD could
+// not answer with or a release could not end.
+func decodeAttachment(b []byte, a *keyspace.Attachment) error {
+	if err := keyspace.Decode(b, a); err != nil {
+		return err
+	}
+	return a.Validate()
 }
 
 // addressGets reads the keys of an attachment's addresses.

@@ -24,8 +24,9 @@
 // it came from is gone.
 //
 // What can fail beside the values themselves: reading the configuration file
-// and resolvConf, and looking at the modes of files that hold secrets. The
-// contents of certificates, keys and passwords are left to who connects.
+// and resolvConf, and looking at the modes and owners of files that hold secrets
+// (internal/private has the rule). The contents of certificates, keys and
+// passwords are left to who connects.
 //
 // The package imports no etcd client.
 package config
@@ -78,6 +79,9 @@ type Settings struct {
 	// Paths; who connects reads the contents. CertFile and KeyFile are both set
 	// or both empty, and so are Username and PasswordFile.
 	CAFile, CertFile, KeyFile, Username, PasswordFile string
+	// Exposed says that a file is used although others can: a DEL's, which goes
+	// on with a warning.
+	Exposed bool
 
 	Node      string // a valid writer name
 	StateDir  string // absolute
@@ -123,12 +127,21 @@ type loader struct {
 	lenient  bool
 	del      bool
 	command  bool
+	exposed  bool     // a file that others can use was let through
 	sets     []string // where each range set was written
 	warnings []string
 }
 
+// maxWarnings is how many warnings are given: beyond them nobody reads on.
+const maxWarnings = 32
+
 func (l *loader) warn(format string, args ...any) {
-	l.warnings = append(l.warnings, fmt.Sprintf(format, args...))
+	switch n := len(l.warnings); {
+	case n < maxWarnings:
+		l.warnings = append(l.warnings, fmt.Sprintf(format, args...))
+	case n == maxWarnings:
+		l.warnings = append(l.warnings, "there are more warnings like these")
+	}
 }
 
 // soft turns the error of something that only ADD needs into a warning for

@@ -22,6 +22,17 @@ type object struct {
 	raw   map[string]json.RawMessage
 }
 
+// maxNamed is how many keys one message names.
+const maxNamed = 8
+
+// listed joins what a message names, and says how much it leaves out.
+func listed(list []string, all int, sep string) string {
+	if left := all - len(list); left > 0 {
+		return fmt.Sprintf("%s%sand %d more", strings.Join(list, sep), sep, left)
+	}
+	return strings.Join(list, sep)
+}
+
 // parse reads a document that must be an object; title names it.
 func parse(title, below string, doc []byte) (*object, error) {
 	var raw json.RawMessage
@@ -52,6 +63,7 @@ func newObject(name, below string, raw json.RawMessage) (*object, error) {
 	if _, err := d.Token(); err != nil {
 		return nil, invalid("%s: %v", name, err)
 	}
+	again := make(map[string]bool)
 	for d.More() {
 		token, err := d.Token()
 		if err != nil {
@@ -64,7 +76,8 @@ func newObject(name, below string, raw json.RawMessage) (*object, error) {
 		}
 		if _, ok := o.raw[key]; !ok {
 			o.keys = append(o.keys, key)
-		} else if !slices.Contains(o.twice, key) {
+		} else if !again[key] {
+			again[key] = true
 			o.twice = append(o.twice, key)
 		}
 		o.raw[key] = value // the last one counts, as in encoding/json
@@ -93,19 +106,23 @@ func (o *object) twiceErr() error {
 	if len(o.twice) == 0 {
 		return nil
 	}
-	names := make([]string, len(o.twice))
-	for i, key := range o.twice {
-		names[i] = o.at(key)
+	names := make([]string, min(len(o.twice), maxNamed))
+	for i := range names {
+		names[i] = o.at(o.twice[i])
 	}
-	return invalid("%s is there twice: keep one", strings.Join(names, ", "))
+	return invalid("%s is there twice: keep one", listed(names, len(o.twice), ", "))
 }
 
 // check refuses keys that are not known and keys that are there twice, all in
 // one message. elsewhere says of some unknown ones where they belong.
 func (o *object) check(known []string, elsewhere map[string]string) error {
 	var found []string
+	unknown := 0
 	for _, key := range o.keys {
 		if slices.Contains(known, key) {
+			continue
+		}
+		if unknown++; unknown > maxNamed {
 			continue
 		}
 		text := o.at(key) + " is not a key that is known here"
@@ -117,6 +134,9 @@ func (o *object) check(known []string, elsewhere map[string]string) error {
 			text += ": remove it"
 		}
 		found = append(found, text)
+	}
+	if unknown > maxNamed {
+		found = append(found, fmt.Sprintf("and %d more keys that are not known", unknown-maxNamed))
 	}
 	if err := o.twiceErr(); err != nil {
 		var e *types.Error

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"unicode/utf8"
 
 	"github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
@@ -61,6 +62,10 @@ func validName(from, what, name string) error {
 	}
 	return nil
 }
+
+// maxRanges is how many ranges a set has at most. host-local has no limit, and
+// takes minutes for some thousand: it compares each with each.
+const maxRanges = 1024
 
 // rangeText is a range as it is written, with host-local's keys.
 type rangeText struct {
@@ -156,6 +161,9 @@ func (l *loader) setList(sets []setText, o *object, key string) ([]setText, erro
 		if err != nil {
 			return nil, err
 		}
+		if len(raws) > maxRanges {
+			return nil, invalid("%s has %d ranges: at most %d", set.at, len(raws), maxRanges)
+		}
 		for j, raw := range raws {
 			at := fmt.Sprintf("%s[%d]", set.at, j)
 			r, err := newObject(at, at+".", raw)
@@ -229,12 +237,17 @@ func completed(sets []setText, cniVersion string) ([][]keyspace.Range, error) {
 	}
 	out := make([][]keyspace.Range, len(judged.Ranges))
 	for i, set := range judged.Ranges {
-		for _, r := range set {
+		for j, r := range set {
 			subnet, ok := netipx.FromStdIPNet((*net.IPNet)(&r.Subnet))
 			if !ok {
 				return nil, invalid("%s: %s is no prefix", sets[i].at, (*net.IPNet)(&r.Subnet))
 			}
-			out[i] = append(out[i], keyspace.Range{Subnet: subnet, Start: addr(r.RangeStart), End: addr(r.RangeEnd), Gateway: addr(r.Gateway)})
+			filled := keyspace.Range{Subnet: subnet, Start: addr(r.RangeStart), End: addr(r.RangeEnd), Gateway: addr(r.Gateway)}
+			if filled.End.Less(filled.Start) { // host-local lets a rangeStart pass that is the broadcast address
+				return nil, invalid("%s: rangeStart %s is above the last address of %s that can be handed out, %v: put it lower",
+					sets[i].at, sets[i].ranges[j].RangeStart, subnet, filled.End)
+			}
+			out[i] = append(out[i], filled)
 		}
 	}
 	return out, nil
@@ -584,12 +597,19 @@ func (l *loader) request(n *Network, top *object, environment string) error {
 		value *string
 		limit int
 	}{{"K8S_POD_NAMESPACE and K8S_POD_NAME", &n.Pod, entry.MaxPod}, {"K8S_POD_UID", &n.PodUID, entry.MaxText}} {
-		if len(*text.value) > text.limit {
-			if err := l.soft(wrongArgs("%s has %d bytes: at most %d", text.name, len(*text.value), text.limit)); err != nil {
-				return err
-			}
-			*text.value = ""
+		var err error
+		switch {
+		case len(*text.value) > text.limit:
+			err = wrongArgs("%s has %d bytes: at most %d", text.name, len(*text.value), text.limit)
+		case !utf8.ValidString(*text.value): // JSON, in etcd, would make another name of it
+			err = wrongArgs("%s is not UTF-8: %.80q", text.name, *text.value)
+		default:
+			continue
 		}
+		if err := l.soft(err); err != nil {
+			return err
+		}
+		*text.value = ""
 	}
 
 	if args.IP != "" {
@@ -639,6 +659,9 @@ func (n *Network) addRequested(o *object) error {
 		}
 		if !slices.Contains(n.Requested, a) {
 			n.Requested = append(n.Requested, a)
+		}
+		if len(n.Requested) > entry.MaxAddresses {
+			return invalid("%s asks for more than %d addresses, and there is one of each range set", o.at("ips"), entry.MaxAddresses)
 		}
 	}
 	return nil

@@ -14,6 +14,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/ipam-ledger/ipam-ledger/internal/private"
 	"github.com/ipam-ledger/ipam-ledger/pkg/audit/entry"
 	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
 )
@@ -190,17 +191,16 @@ func fileErr(from, path string, err error) error {
 // private refuses a file that others can use. Only a DEL goes on with a warning:
 // the secret is out already, and the pod must not hang.
 func (l *loader) private(from, path string, info fs.FileInfo) error {
-	if !info.Mode().IsRegular() {
-		return invalid("%s: %s is not a regular file", from, path)
+	err := private.Check(path, info)
+	if err == nil {
+		return nil
 	}
-	if mode := info.Mode().Perm(); mode&0o077 != 0 {
-		err := invalid("%s: %s has mode %04o, so others can use it: run chmod 600 %s", from, path, mode, path)
-		if l.del {
-			return l.soft(err)
-		}
-		return err
+	err = invalid("%s: %v", from, err)
+	if l.del && info.Mode().IsRegular() {
+		l.exposed = true
+		return l.soft(err)
 	}
-	return nil
+	return err
 }
 
 // pluginSettings are the settings of a network whose ipam object is given.
@@ -371,6 +371,7 @@ func (l *loader) settings(all layer) (Settings, error) {
 			return Settings{}, err
 		}
 	}
+	s.Exposed = l.exposed
 	return s, nil
 }
 

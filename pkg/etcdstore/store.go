@@ -9,26 +9,32 @@
 // having been sent; and what goes wrong in dialing is known by its cause instead
 // of surfacing as an expired deadline.
 //
+// # Certificates
+//
+// Each connection, a Store's and those of NewClient's clients, reads certificates,
+// key, CA and password anew. What is wrong with one is a TLSError, which names it
+// with its dates and the clock; what is wrong with our own is known before anybody
+// is dialed. A key or password that others can use is refused (internal/private).
+//
 // # Outcomes
 //
 // Commit reports ErrNotApplied only for answers that etcd gives before it
 // proposes a transaction or on refusing it whole (out of space, permission,
-// invalid request, learner). Everything else that is no answer (a lost
-// connection, an expired deadline, a leader change) leaves the outcome unknown.
+// roles that changed meanwhile, invalid request, learner, no leader). Everything
+// else that is no answer (a lost connection, an expired deadline, a leader change)
+// leaves the outcome unknown. A commit whose leader is lost is not waited for
+// until the deadline: the answer to it would most likely never come.
 package etcdstore
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
-	"io"
-	"io/fs"
 	"math/rand/v2"
 	"net"
 	"net/url"
-	"os"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -48,6 +54,8 @@ type Config struct {
 	Endpoints                 []string // http://host:port, https://host:port, host:port, unix:///path
 	CAFile, CertFile, KeyFile string
 	Username, Password        string
+	PasswordFile              string        // read for each connection, instead of Password
+	Exposed                   bool          // use KeyFile and PasswordFile although others can
 	DialTimeout               time.Duration // for one endpoint; default 2 s
 }
 
@@ -63,6 +71,8 @@ type session struct {
 	client   *clientv3.Client
 	endpoint string
 	conn     net.Conn
+	tls      *handshake      // nil: plaintext
+	term     uint64          // etcd's, when it was last read from
 	dead     context.Context // done when the connection is
 	die      context.CancelFunc
 	cause    atomic.Pointer[error] // why the connection broke, where that has a name
@@ -89,9 +99,7 @@ func (s *session) why(err error) error {
 
 // New returns a Store that has not connected yet.
 func New(cfg Config) *Store {
-	if cfg.DialTimeout == 0 {
-		cfg.DialTimeout = 2 * time.Second
-	}
+	cfg.DialTimeout = cmp.Or(cfg.DialTimeout, dialTimeout)
 	return &Store{cfg: cfg, next: rand.IntN(max(1, len(cfg.Endpoints)))}
 }
 
@@ -134,23 +142,33 @@ func (s *Store) Connect(ctx context.Context) error {
 			return nil
 		}
 		errs = append(errs, fmt.Errorf("%s: %w", endpoint, err))
+		if bad := (*TLSError)(nil); errors.As(err, &bad) && bad.Local {
+			break // the others would have us say the same
+		}
+		if over(ctx) {
+			break // no time is left for the others
+		}
 	}
 	return fmt.Errorf("%w: %w", allocator.ErrUnavailable, errors.Join(errs...))
 }
 
 func (s *Store) connect(ctx context.Context, endpoint string) (*session, error) {
-	conn, err := Dial(ctx, s.cfg, endpoint)
+	password, err := s.cfg.password()
 	if err != nil {
 		return nil, err
 	}
-	se := &session{endpoint: endpoint, conn: conn}
+	conn, hs, err := dial(ctx, s.cfg, endpoint)
+	if err != nil {
+		return nil, err
+	}
+	se := &session{endpoint: endpoint, conn: conn, tls: hs}
 	se.dead, se.die = context.WithCancel(context.Background())
 	once := make(chan net.Conn, 1)
-	once <- &watched{Conn: conn, session: se, cfg: s.cfg}
+	once <- &watched{Conn: conn, session: se}
 	se.client, err = clientv3.New(clientv3.Config{
 		Endpoints: []string{"http://" + authority(endpoint)}, // TLS is done
 		Username:  s.cfg.Username,
-		Password:  s.cfg.Password,
+		Password:  password,
 		Logger:    zap.NewNop(),
 		DialOptions: []grpc.DialOption{grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
 			select {
@@ -177,11 +195,16 @@ func (s *Store) connect(ctx context.Context, endpoint string) (*session, error) 
 type watched struct {
 	net.Conn
 	session *session
-	cfg     Config
 	heard   atomic.Bool // something was read
 }
 
 func (w *watched) Close() error {
+	if w.session.tls != nil && !w.heard.Load() {
+		// gRPC closes when it cannot write any more. The alert that says why may
+		// have come, and not have been read yet.
+		_ = w.SetReadDeadline(time.Now().Add(lastWords))
+		_, _ = w.Read(make([]byte, 1))
+	}
 	w.silent()
 	w.session.die()
 	return w.Conn.Close()
@@ -190,8 +213,8 @@ func (w *watched) Close() error {
 func (w *watched) Read(b []byte) (int, error) {
 	n, err := w.Conn.Read(b)
 	switch {
-	case err != nil && strings.Contains(err.Error(), "remote error: tls:"):
-		cause := explainTLS(err, w.cfg)
+	case err != nil && w.session.tls != nil && strings.Contains(err.Error(), "remote error: tls:"):
+		cause := w.session.tls.explain(err, w.session.endpoint)
 		w.session.cause.Store(&cause)
 	case n > 0 && b[0] != 0x15: // a TLS alert to a client that speaks plaintext is no answer
 		w.heard.Store(true)
@@ -201,6 +224,9 @@ func (w *watched) Read(b []byte) (int, error) {
 	return n, err
 }
 
+// lastWords is how long an alert may take that follows a handshake.
+const lastWords = 200 * time.Millisecond
+
 // silent notes what it most likely means that a connection ends before anything
 // was said on it. An alert may get lost when the connection is reset.
 func (w *watched) silent() {
@@ -208,18 +234,10 @@ func (w *watched) silent() {
 		return
 	}
 	cause := errors.New("etcd closed the connection without an answer: if it speaks TLS here, use https:// and set caFile")
-	if _, ok := w.Conn.(*tls.Conn); ok {
-		cause = fmt.Errorf("TLS: etcd closed the connection right after the handshake: most likely it refuses %s", w.cfg.who())
+	if w.session.tls != nil {
+		cause = w.session.tls.silence()
 	}
 	w.session.cause.CompareAndSwap(nil, &cause)
-}
-
-// who is what the server sees of this client.
-func (c Config) who() string {
-	if c.CertFile == "" {
-		return "this client, which has no certificate (certFile is not set)"
-	}
-	return "client certificate " + c.CertFile
 }
 
 func authority(endpoint string) string {
@@ -234,97 +252,82 @@ func authority(endpoint string) string {
 
 // Dial opens one connection to one endpoint, with the TLS handshake where it is
 // https, and says in its error what is wrong: the name does not resolve, nobody
-// listens, a certificate has expired, is signed by an unknown authority or is
-// for another name, the server wants a client certificate, or no TLS is spoken.
+// listens, or, as a TLSError, a certificate has expired, is signed by an unknown
+// authority or is for another name, the server wants a client certificate, or no
+// TLS is spoken. What is wrong with our own files is known before it dials.
 func Dial(ctx context.Context, cfg Config, endpoint string) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(ctx, max(cfg.DialTimeout, time.Millisecond))
+	conn, _, err := dial(ctx, cfg, endpoint)
+	return conn, err
+}
+
+func dial(ctx context.Context, cfg Config, endpoint string) (net.Conn, *handshake, error) {
+	ctx, cancel := context.WithTimeout(ctx, cmp.Or(cfg.DialTimeout, dialTimeout))
 	defer cancel()
 	network, addr := "tcp", authority(endpoint)
 	if path, ok := strings.CutPrefix(endpoint, "unix:"); ok {
 		network, addr = "unix", strings.TrimPrefix(path, "//")
 	}
+	var hs *handshake
+	if cfg.secure(endpoint) {
+		var err error
+		if hs, err = cfg.prepare(time.Now()); err != nil {
+			return nil, nil, err
+		}
+	}
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, network, addr)
-	if err != nil {
-		return nil, err
-	}
-	secure := strings.HasPrefix(endpoint, "https://") ||
-		(!strings.Contains(endpoint, "://") && network == "tcp" && (cfg.CAFile != "" || cfg.CertFile != ""))
-	if !secure {
-		return conn, nil
-	}
-	tc, err := cfg.TLS()
-	if err != nil {
-		conn.Close()
-		return nil, err
+	if err != nil || hs == nil {
+		return conn, nil, err
 	}
 	if host, _, err := net.SplitHostPort(addr); err == nil {
-		tc.ServerName = host
+		hs.config.ServerName = host
 	}
-	t := tls.Client(conn, tc)
+	t := tls.Client(conn, hs.config)
 	if err := t.HandshakeContext(ctx); err != nil {
 		conn.Close()
-		return nil, explainTLS(err, cfg)
+		return nil, nil, hs.explain(err, endpoint)
 	}
-	return t, nil
+	return t, hs, nil
 }
 
-// TLS reads the certificate files. It is called for each connection, so that
-// replaced files are taken up.
+// dialTimeout is how long one endpoint may take unless configured otherwise.
+const dialTimeout = 2 * time.Second
+
+// secure is whether TLS is spoken with an endpoint.
+func (c Config) secure(endpoint string) bool {
+	return strings.HasPrefix(endpoint, "https://") ||
+		!strings.Contains(endpoint, "://") && !strings.HasPrefix(endpoint, "unix:") && (c.CAFile != "" || c.CertFile != "")
+}
+
+// TLS is what a handshake is made with, read from the certificate files as they
+// are now.
 func (c Config) TLS() (*tls.Config, error) {
-	out := &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: []string{"h2"}}
-	if c.CAFile != "" {
-		pem, err := os.ReadFile(c.CAFile)
-		if err != nil {
-			return nil, fmt.Errorf("caFile: %w", err)
-		}
-		out.RootCAs = x509.NewCertPool()
-		if !out.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("caFile %s holds no certificate in PEM form", c.CAFile)
-		}
+	h, err := c.prepare(time.Now())
+	if err != nil {
+		return nil, err
 	}
-	if c.CertFile != "" {
-		cert, err := tls.LoadX509KeyPair(c.CertFile, c.KeyFile)
-		switch {
-		case errors.Is(err, fs.ErrNotExist), errors.Is(err, fs.ErrPermission):
-			return nil, fmt.Errorf("client certificate: %w", err)
-		case err != nil:
-			return nil, fmt.Errorf("client certificate %s with key %s: %w", c.CertFile, c.KeyFile, err)
-		}
-		out.Certificates = []tls.Certificate{cert}
-	}
-	return out, nil
+	return h.config, nil
 }
 
-func explainTLS(err error, cfg Config) error {
-	var expired x509.CertificateInvalidError
-	var unknown x509.UnknownAuthorityError
-	var name x509.HostnameError
-	var record tls.RecordHeaderError
-	switch {
-	case errors.As(err, &expired) && expired.Reason == x509.Expired:
-		return fmt.Errorf("TLS: etcd's certificate is valid from %s to %s and the clock says %s: renew it, or set the clock: %w",
-			expired.Cert.NotBefore.Format(time.DateTime), expired.Cert.NotAfter.Format(time.DateTime), time.Now().UTC().Format(time.DateTime), err)
-	case errors.As(err, &unknown):
-		ca := cfg.CAFile
-		if ca == "" {
-			ca = "the system's roots (caFile is not set)"
-		}
-		return fmt.Errorf("TLS: etcd's certificate is not signed by %s: %w", ca, err)
-	case errors.As(err, &name):
-		return fmt.Errorf("TLS: etcd's certificate is for another name than the endpoint: %w", err)
-	case errors.As(err, &record), errors.Is(err, io.EOF):
-		return fmt.Errorf("TLS: etcd does not speak TLS here: use http://, or its TLS port: %w", err)
-	case strings.Contains(err.Error(), "remote error: tls:"):
-		return fmt.Errorf("TLS: etcd refuses %s: %w", cfg.who(), err)
+// Serving is the certificate that etcd showed on this connection; false if there
+// is none.
+func (s *Store) Serving() (Cert, bool) {
+	if s.session == nil {
+		return Cert{}, false
 	}
-	return fmt.Errorf("TLS handshake: %w", err)
+	return Serving(s.session.conn, s.session.endpoint)
 }
 
-// attempt is how long one read may take at one endpoint before the next is tried.
-const attempt = 3 * time.Second
+// How long one read may take at one endpoint before the next is tried: little
+// while there are others that have not been.
+const (
+	firstAttempt = time.Second
+	attempt      = 3 * time.Second
+)
 
-// Read implements allocator.Store. It tries other endpoints until ctx is done.
+// Read implements allocator.Store. It tries other endpoints until ctx is done. A
+// member without a leader does not answer, be it from what it has: no commit
+// could follow. That passes with an election, so it is waited for.
 func (s *Store) Read(ctx context.Context, serializable bool, gets []allocator.Get) (*allocator.Reply, error) {
 	ops := make([]clientv3.Op, 0, len(gets))
 	for _, g := range gets {
@@ -340,25 +343,49 @@ func (s *Store) Read(ctx context.Context, serializable bool, gets []allocator.Ge
 		}
 		ops = append(ops, clientv3.OpGet(g.Key, opts...))
 	}
-	for tries := 0; ; tries++ {
+	n := len(s.cfg.Endpoints)
+	var last error // which says more than that time is up
+	for tries, waits := 0, 0; ; tries++ {
 		if err := s.Connect(ctx); err != nil {
+			if last != nil && over(ctx) {
+				err = last
+			}
 			return nil, err
 		}
+		may := attempt
+		if tries < n-1 {
+			may = firstAttempt
+		}
 		bctx, unbind := s.session.bound(ctx)
-		actx, cancel := context.WithTimeout(bctx, attempt)
-		resp, err := s.session.client.Txn(actx).Then(ops...).Commit()
+		actx, cancel := context.WithTimeout(bctx, may)
+		resp, err := s.session.client.Txn(clientv3.WithRequireLeader(actx)).Then(ops...).Commit()
 		cancel()
 		unbind()
 		if err == nil {
+			s.session.term = resp.Header.RaftTerm
 			return reply(resp), nil
 		}
-		if !transient(err) || ctx.Err() != nil {
-			return nil, fmt.Errorf("%w: %s: %w", allocator.ErrUnavailable, s.session.endpoint, s.session.why(err))
+		if leaderless(last) && over(ctx) {
+			return nil, last
 		}
-		last, why := s.session.endpoint, s.session.why(err)
+		if !transient(err) || ctx.Err() != nil {
+			why := s.Explain(ctx, s.session.why(err))
+			if errors.Is(why, ErrDenied) {
+				return nil, why
+			}
+			return nil, fmt.Errorf("%w: %s: %w", allocator.ErrUnavailable, s.session.endpoint, why)
+		}
+		last = fmt.Errorf("%w: %s: %w", allocator.ErrUnavailable, s.session.endpoint, s.session.why(err))
 		s.Close()
-		if tries >= 2*len(s.cfg.Endpoints) {
-			return nil, fmt.Errorf("%w: %s: %w", allocator.ErrUnavailable, last, why)
+		if leaderless(err) {
+			tries--
+			if waits++; waits%n == 0 && !sleep(ctx, leaderPause) {
+				return nil, last
+			}
+			continue
+		}
+		if tries >= 2*n {
+			return nil, last
 		}
 	}
 }
@@ -395,7 +422,12 @@ func (s *Store) Commit(ctx context.Context, txn allocator.Txn) (*allocator.Reply
 	}
 	ctx, unbind := s.session.bound(ctx)
 	defer unbind()
-	resp, err := s.session.client.Txn(ctx).If(cmps...).Then(ops...).Commit()
+	if len(txn.If) > 0 {
+		var end context.CancelFunc
+		ctx, end = s.session.leading(ctx, txn.If[0].Key)
+		defer end()
+	}
+	resp, err := s.session.client.Txn(clientv3.WithRequireLeader(ctx)).If(cmps...).Then(ops...).Commit()
 	if err == nil {
 		return reply(resp), nil
 	}
@@ -403,13 +435,16 @@ func (s *Store) Commit(ctx context.Context, txn allocator.Txn) (*allocator.Reply
 	switch {
 	case errors.Is(err, rpctypes.ErrNoSpace):
 		return nil, fmt.Errorf("%w: %s: %w", allocator.ErrNotApplied, endpoint, allocator.ErrNoSpace)
-	case errors.Is(err, errLearner):
+	case errors.Is(err, errLearner), stale(err), leaderless(err):
 		s.Close()
 		return nil, fmt.Errorf("%w: %s: %w: %w", allocator.ErrNotApplied, endpoint, allocator.ErrReconnected, err)
 	case refused(err):
-		return nil, fmt.Errorf("%w: %s: %w", allocator.ErrNotApplied, endpoint, explain(err))
+		return nil, fmt.Errorf("%w: %s: %w", allocator.ErrNotApplied, endpoint, s.Explain(ctx, explain(err)))
 	}
 	why := s.session.why(err)
+	if cause := context.Cause(ctx); errors.Is(cause, errLeaderLost) {
+		why = cause
+	}
 	s.Close() // whatever comes next must not meet this connection's leftovers
 	return nil, fmt.Errorf("%s: %w", endpoint, why)
 }
@@ -435,6 +470,9 @@ func refused(err error) bool {
 
 // transient reports whether a read may succeed at another endpoint or again.
 func transient(err error) bool {
+	if stale(err) {
+		return true
+	}
 	switch code(err) {
 	case codes.InvalidArgument, codes.PermissionDenied, codes.Unauthenticated, codes.OutOfRange:
 		return false
@@ -455,8 +493,12 @@ func explain(err error) error {
 	switch {
 	case errors.Is(err, context.DeadlineExceeded), code(err) == codes.DeadlineExceeded:
 		return fmt.Errorf("etcd accepted the connection and did not answer in time (no leader, or a slow disk?): %w", err)
+	case leaderless(err):
+		return fmt.Errorf("etcd has no leader here: an election is under way, or this member is cut off, or a majority of the members is down: %w", err)
 	case errors.Is(err, rpctypes.ErrPermissionDenied):
-		return fmt.Errorf("etcd's roles do not allow this: %w", err)
+		return fmt.Errorf("%w: %w", ErrDenied, err)
+	case errors.Is(err, rpctypes.ErrAuthFailed):
+		return fmt.Errorf("etcd does not accept username with the password of passwordFile: %w", err)
 	case errors.Is(err, rpctypes.ErrUserEmpty):
 		return fmt.Errorf("etcd wants a user: set username and passwordFile, or a client certificate: %w", err)
 	}

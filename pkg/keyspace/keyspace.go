@@ -243,11 +243,7 @@ func (k Keys) Parse(key string) (Key, error) {
 	case p[0] == "attachments" && len(p) == 5:
 		out.Attachment = AttachmentID{p[1], p[2], p[3], p[4]}
 		again = k.Attachment(out.Attachment)
-		for _, s := range p[1:] {
-			if s == "" {
-				err = errors.New("a part is empty")
-			}
-		}
+		err = entry.ValidateAttachment(p[1], p[2], p[3], p[4])
 	case p[0] == "blocks" && len(p) == 5:
 		addr, size, _ := strings.Cut(p[4], "-")
 		var ip netip.Addr
@@ -359,6 +355,48 @@ type Attachment struct {
 	Hold    int64     `json:"holdSeconds,omitempty"` // the pool's rule at the acquire: how long its addresses are held back after the release
 	Pod     string    `json:"pod,omitempty"`         // namespace/name
 	PodUID  string    `json:"podUID,omitempty"`
+}
+
+// MaxHold is how long a released address may be held back at most.
+const MaxHold = 24 * time.Hour
+
+// Validate says what is wrong with a value that was decoded: what no acquire
+// would have written.
+func (a *Attachment) Validate() error {
+	if err := entry.ValidateName("space", a.Space); err != nil {
+		return err
+	}
+	if err := entry.ValidateName("pool", a.Pool); err != nil {
+		return err
+	}
+	if n := len(a.Leases); n == 0 || n > entry.MaxAddresses {
+		return fmt.Errorf("%d leases: want 1 to %d", n, entry.MaxAddresses)
+	}
+	for i, l := range a.Leases {
+		ip := l.Address.Addr()
+		if !l.Address.IsValid() || ip.Is4In6() {
+			return fmt.Errorf("lease %d: %v is no plain address with the length of its subnet", i, l.Address)
+		}
+		if g := l.Gateway; g.IsValid() && (g.Is4() != ip.Is4() || g.Is4In6() || g.Zone() != "") {
+			return fmt.Errorf("lease %d: gateway %v does not go with address %v", i, g, ip)
+		}
+		for _, other := range a.Leases[:i] {
+			if other.Address.Addr() == ip {
+				return fmt.Errorf("lease %d: address %v stands twice", i, ip)
+			}
+		}
+	}
+	switch {
+	case a.Acquire.IsZero():
+		return errors.New("it names no acquire")
+	case a.Hold < 0 || a.Hold > int64(MaxHold/time.Second):
+		return fmt.Errorf("holdSeconds %d: want 0 to %d", a.Hold, int64(MaxHold/time.Second))
+	case len(a.Pod) > entry.MaxPod:
+		return fmt.Errorf("pod has %d bytes: at most %d", len(a.Pod), entry.MaxPod)
+	case len(a.PodUID) > entry.MaxText:
+		return fmt.Errorf("podUID has %d bytes: at most %d", len(a.PodUID), entry.MaxText)
+	}
+	return nil
 }
 
 // Block is a claim.

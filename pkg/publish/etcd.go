@@ -1,6 +1,7 @@
 package publish
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -15,12 +16,13 @@ import (
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
-	"go.uber.org/zap"
 	"google.golang.org/grpc/connectivity"
 
+	"github.com/ipam-ledger/ipam-ledger/pkg/allocator"
 	"github.com/ipam-ledger/ipam-ledger/pkg/audit"
 	"github.com/ipam-ledger/ipam-ledger/pkg/etcdstore"
 	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
+	"github.com/ipam-ledger/ipam-ledger/swaybar/state"
 )
 
 // Etcd is the Feed that reads the ledger in etcd: once in full, then by a watch
@@ -35,6 +37,7 @@ type Etcd struct {
 
 	// For tests.
 	again time.Duration // least pause before a full verification that was asked for
+	looks time.Duration // how often certificates are looked at; 0: lookEvery
 }
 
 // DefaultVerifyEvery is how often everything is verified.
@@ -47,6 +50,9 @@ const (
 	// retryFailed is how soon a verification is repeated that found something, or
 	// could not check.
 	retryFailed = 5 * time.Minute
+	// lookEvery is how often certificates are looked at while nothing happens: so
+	// soon is one that was replaced no longer warned of.
+	lookEvery = 5 * time.Minute
 )
 
 // etcdFeed is a running Etcd.
@@ -61,12 +67,16 @@ type etcdFeed struct {
 	up      bool   // in this session
 	said    string // what was last logged of an outage
 
+	look        chan struct{} // look at the certificates
 	gap         chan struct{} // revisions went by unseen: verify in full
 	next, began time.Time     // full verification
 }
 
 func (e *Etcd) run(ctx context.Context, p *Publisher, out chan<- message) {
-	f := &etcdFeed{Etcd: e, p: p, out: out, gap: make(chan struct{}, 1)}
+	f := &etcdFeed{Etcd: e, p: p, out: out, look: make(chan struct{}, 1), gap: make(chan struct{}, 1)}
+	var background sync.WaitGroup
+	defer background.Wait()
+	background.Go(func() { f.certificates(ctx) })
 	wait := backoff{first: 250 * time.Millisecond, most: 10 * time.Second}
 	for {
 		f.up = false
@@ -76,6 +86,7 @@ func (e *Etcd) run(ctx context.Context, p *Publisher, out chan<- message) {
 		}
 		if f.up {
 			wait.reset()
+			f.lookNow()
 		}
 		if text := err.Error(); f.up || text != f.said {
 			p.Log.Warn("etcd is out of reach; trying again", "err", err)
@@ -95,47 +106,61 @@ func (e *Etcd) timeout() time.Duration {
 }
 
 // dial makes a client that finds its way back by itself. Certificates are read
-// anew for each.
+// anew for each of its connections.
 func (e *Etcd) dial(ctx context.Context) (*clientv3.Client, error) {
-	c := clientv3.Config{
-		Endpoints: e.Store.Endpoints, Username: e.Store.Username, Password: e.Store.Password,
-		DialTimeout: e.timeout(), DialKeepAliveTime: 10 * time.Second, DialKeepAliveTimeout: 5 * time.Second,
-		Logger: zap.NewNop(), Context: ctx,
-	}
-	secure := e.Store.CAFile != "" || e.Store.CertFile != ""
-	for _, ep := range c.Endpoints {
-		secure = secure || strings.HasPrefix(ep, "https://")
-	}
-	if secure {
-		var err error
-		if c.TLS, err = e.Store.TLS(); err != nil {
-			return nil, err
-		}
-	}
-	return clientv3.New(c)
+	return etcdstore.NewClient(e.Store, clientv3.Config{
+		DialTimeout: e.timeout(), DialKeepAliveTime: 10 * time.Second, DialKeepAliveTimeout: 5 * time.Second, Context: ctx,
+	})
 }
 
-// probe is whether any endpoint can be connected to, and if not, why.
+// probe is whether any endpoint answers, with or without a leader, and if not,
+// why: the client that goes on by itself would only say that time is up where
+// etcd refuses a certificate, which it does after the handshake.
 func (e *Etcd) probe(ctx context.Context) error {
 	if len(e.Store.Endpoints) == 0 {
 		return errors.New("no endpoint is configured")
 	}
-	cfg := e.Store
-	if cfg.DialTimeout == 0 {
-		cfg.DialTimeout = 2 * time.Second
-	}
-	var first error
-	for _, ep := range cfg.Endpoints {
-		conn, err := etcdstore.Dial(ctx, cfg, ep)
-		if err == nil {
-			conn.Close()
-			return nil
+	ctx, cancel := context.WithTimeout(ctx, e.timeout())
+	defer cancel()
+	store := etcdstore.New(e.Store)
+	defer store.Close()
+	_, err := store.Read(ctx, true, []allocator.Get{{Key: e.Keys.Meta()}})
+	return err
+}
+
+// certificates says which certificate ends first: those in the files, and those
+// that the endpoints show. A connection that stands does not tell of a
+// certificate that was replaced since, so each endpoint is asked for a handshake.
+func (f *etcdFeed) certificates(ctx context.Context) {
+	var last *state.Cert
+	for {
+		var cert *state.Cert
+		if c := etcdstore.Earliest(f.Store.Look(ctx, time.Now())); c != nil {
+			cert = &state.Cert{Kind: string(c.Kind), Until: c.NotAfter, Warn: c.NotAfter.Add(-etcdstore.WarnBefore)}
 		}
-		if first == nil {
-			first = fmt.Errorf("%s: %w", ep, err)
+		if !same(cert, last) {
+			if pass(ctx, f.out, certified{cert}) != nil {
+				return
+			}
+			last = cert
+		}
+		timer := time.NewTimer(cmp.Or(f.looks, lookEvery))
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return
+		case <-f.look:
+			timer.Stop()
+		case <-timer.C:
 		}
 	}
-	return first
+}
+
+func (f *etcdFeed) lookNow() {
+	select {
+	case f.look <- struct{}{}:
+	default:
+	}
 }
 
 func (f *etcdFeed) session(ctx context.Context) error {
@@ -175,6 +200,7 @@ func (f *etcdFeed) session(ctx context.Context) error {
 			f.p.Log.Info("etcd is back")
 		}
 		f.up, f.said, rewound = true, "", ""
+		f.lookNow()
 		if !verifying {
 			verifying = true
 			background.Go(func() { f.verifier(ctx, client) })
@@ -248,7 +274,15 @@ func (f *etcdFeed) follow(ctx context.Context, client *clientv3.Client) error {
 	var background sync.WaitGroup
 	defer background.Wait()
 	defer cancel()
-	events := client.Watch(clientv3.WithRequireLeader(ctx), f.Keys.Prefix(), clientv3.WithPrefix(), clientv3.WithRev(f.at+1), clientv3.WithProgressNotify())
+	// Watch returns when etcd has confirmed it, and that may never be.
+	made := make(chan clientv3.WatchChan, 1)
+	from := f.at + 1
+	background.Go(func() {
+		made <- client.Watch(clientv3.WithRequireLeader(ctx), f.Keys.Prefix(), clientv3.WithPrefix(), clientv3.WithRev(from), clientv3.WithProgressNotify())
+	})
+	var events clientv3.WatchChan
+	unmade := time.NewTimer(f.timeout())
+	defer unmade.Stop()
 
 	ready := make(chan bool)
 	background.Go(func() {
@@ -293,11 +327,16 @@ func (f *etcdFeed) follow(ctx context.Context, client *clientv3.Client) error {
 		case ok := <-ready:
 			if ok {
 				away.Stop()
+				f.lookNow() // another connection may be another certificate
 			} else {
 				away.Reset(grace)
 			}
 		case <-away.C:
 			return errLost
+		case events = <-made:
+			unmade.Stop()
+		case <-unmade.C:
+			return fmt.Errorf("%w: the watch was not confirmed", context.DeadlineExceeded)
 		case err := <-asked:
 			if err != nil {
 				return err
@@ -416,7 +455,10 @@ func (f *etcdFeed) why(ctx context.Context, err error) string {
 	var op *net.OpError
 	var dns *net.DNSError
 	var sys syscall.Errno
+	var tls *etcdstore.TLSError
 	switch {
+	case errors.As(err, &tls):
+		return tls.Msg
 	case errors.As(err, &dns):
 		return "its name does not resolve"
 	case errors.As(err, &sys):
@@ -431,10 +473,10 @@ func (f *etcdFeed) why(ctx context.Context, err error) string {
 		return err.Error()
 	}
 	text := err.Error()
-	if i := strings.Index(text, "TLS: "); i >= 0 {
+	if i := strings.Index(text, "TLS handshake: "); i >= 0 {
 		text = text[i:]
 	}
-	// "TLS: what is wrong: the cause, at length"
+	// "TLS handshake: what is wrong: the cause, at length"
 	parts := strings.SplitN(text, ": ", 4)
 	return strings.Join(parts[:min(2, len(parts))], ": ")
 }

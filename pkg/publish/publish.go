@@ -92,6 +92,8 @@ type (
 		report *audit.Report
 		err    error
 	}
+	// certified is the certificate that ends first; nil: there is none.
+	certified struct{ *state.Cert }
 	// relayed is a whole state from another publisher.
 	relayed struct{ *state.State }
 )
@@ -204,7 +206,9 @@ func (p *Publisher) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case m := <-feed:
-			p.ready = true
+			if _, aside := m.(certified); !aside { // which says nothing of the ledger
+				p.ready = true
+			}
 			if err := p.take(m); err != nil {
 				return err
 			}
@@ -258,7 +262,7 @@ func (p *Publisher) named(source string) error {
 	// What an earlier publisher knew. Bars know it too, and would take nothing
 	// older; and if etcd is away it is better than nothing.
 	if old := readState(p.Dir, source); old != nil {
-		old.Etcd, old.Heartbeat, old.Verify = p.state.Etcd, p.state.Heartbeat, p.state.Verify
+		old.Etcd, old.Heartbeat, old.Verify, old.Cert = p.state.Etcd, p.state.Heartbeat, p.state.Verify, p.state.Cert
 		if p.model == nil {
 			p.state = *old
 		} else {
@@ -335,10 +339,19 @@ func (p *Publisher) take(m message) error {
 		p.running = false
 		p.conclude(m, now)
 		p.cadence.changed(now)
+	case certified:
+		if !same(m.Cert, p.state.Cert) {
+			p.state.Cert = m.Cert
+			p.cadence.changed(now)
+		}
 	case relayed:
 		return p.relay(m.State, now)
 	}
 	return nil
+}
+
+func same(a, b *state.Cert) bool {
+	return a == b || a != nil && b != nil && *a == *b
 }
 
 // nameOf is the name of a source that was given none.

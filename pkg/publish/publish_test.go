@@ -367,7 +367,7 @@ func TestCounts(t *testing.T) {
 			w.until("thawed", func(s *state.State) bool { return s.Ledger == state.LedgerRunning })
 		case 4:
 			for id := range pods {
-				c.admin(func(w *allocator.Writer) error { return w.ReleaseLease(t.Context(), id, "by hand") })
+				c.admin(func(w *allocator.Writer) error { return w.ReleaseLease(t.Context(), id, entry.Ref{}, "by hand") })
 				delete(pods, id)
 				break
 			}
@@ -490,7 +490,7 @@ func TestHonestOperators(t *testing.T) {
 func (c *cluster) recover(name string) {
 	c.t.Helper()
 	c.as(node(name), func(w *allocator.Writer) error {
-		r, err := w.Recover(c.t.Context(), "test")
+		r, err := w.Recover(c.t.Context(), nil, "test")
 		if err == nil && !r.Done {
 			err = fmt.Errorf("not done: %+v", r)
 		}
@@ -1040,10 +1040,10 @@ func TestCommand(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "line"), append(line, '\n'), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	w := watch(t, Config{Feed: &Command{Shell: "cd " + dir + "; echo Welcome; cat line; echo x >>runs; read _ <go; echo no route >&2; exit 7"}, Heartbeat: time.Second})
 	if err := command(dir, "mkfifo", "go"); err != nil {
 		t.Fatal(err)
 	}
+	w := watch(t, Config{Feed: &Command{Shell: "cd " + dir + "; echo Welcome; echo x >>runs; cat line; read _ <go; echo no route >&2; exit 7"}, Heartbeat: time.Second})
 	s := w.until("its state", func(s *state.State) bool { return s.Etcd.OK })
 	if s.Source != "far" || s.Revision != 7 || s.Stale(time.Now()) || s.Heartbeat != 1 || s.Pools[0].Leased != 3 {
 		t.Errorf("%+v", s)

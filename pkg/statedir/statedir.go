@@ -9,6 +9,7 @@
 //	queue/         releases that could not be committed, one file each, fsynced
 //	holdings/      what each attachment was told it has, one file each
 //	blocks         which blocks to look at first
+//	suspects       leases that were not on the runtime's list, see package leak
 //	contact, asked time stamps: last contact with etcd, last question of STATUS
 //
 // # Guarantees
@@ -44,8 +45,10 @@ import (
 	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
 
+	"github.com/ipam-ledger/ipam-ledger/internal/private"
 	"github.com/ipam-ledger/ipam-ledger/pkg/audit/entry"
 	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
+	"github.com/ipam-ledger/ipam-ledger/pkg/leak"
 )
 
 // DefaultPath is a node's state directory unless configured otherwise.
@@ -250,24 +253,16 @@ func (d *Dir) sync(sub string) error {
 }
 
 // Key returns the signing key as a C2SP signer key, "" if there is none. A key
-// that others can read is refused.
+// that others can use is refused.
 func (d *Dir) Key() (string, error) {
-	f, err := os.Open(d.file("key"))
-	if errors.Is(err, fs.ErrNotExist) {
+	b, err := private.Read(d.file("key"))
+	var refused *private.Error
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
 		return "", nil
-	} else if err != nil {
-		return "", fmt.Errorf("state directory: %w", err)
-	}
-	defer f.Close()
-	st, err := f.Stat()
-	if err != nil {
-		return "", fmt.Errorf("state directory: %w", err)
-	}
-	if st.Mode().Perm()&0o077 != 0 {
-		return "", fmt.Errorf("signing key %s has mode %04o: others can read it; chmod 600 it, and replace the writer if they may have", f.Name(), st.Mode().Perm())
-	}
-	b, err := os.ReadFile(f.Name())
-	if err != nil {
+	case errors.As(err, &refused):
+		return "", fmt.Errorf("signing key %w; if somebody may have used it, that is not enough", err)
+	case err != nil:
 		return "", fmt.Errorf("state directory: %w", err)
 	}
 	return strings.TrimSuffix(string(b), "\n"), nil
@@ -292,7 +287,8 @@ func (d *Dir) Pending() (bool, error) {
 	} else if err != nil {
 		return false, fmt.Errorf("state directory: %w", err)
 	}
-	return string(b) != nothingOpen, nil // a torn one counts
+	// A torn one counts. What a power loss left behind it does not: it would stay.
+	return !strings.HasPrefix(string(b), nothingOpen), nil
 }
 
 // Settled notes that the outcome is known.
@@ -333,7 +329,7 @@ func (d *Dir) remove(sub string, a keyspace.AttachmentID) error {
 
 // Queue lists the releases that wait, oldest first.
 func (d *Dir) Queue() ([]Queued, error) {
-	q, err := readAll[Queued](d, "queue")
+	q, err := readAll(d, "queue", func(q *Queued) (keyspace.AttachmentID, error) { return q.Attachment, nil })
 	slices.SortFunc(q, func(a, b Queued) int { return a.Time.Compare(b.Time) })
 	return q, err
 }
@@ -362,7 +358,7 @@ func (d *Dir) Unhold(a keyspace.AttachmentID) error { return d.remove("holdings"
 func (d *Dir) Holding(a keyspace.AttachmentID) *Holding {
 	h := new(Holding)
 	b, err := os.ReadFile(d.file(filepath.Join("holdings", nameOf(a))))
-	if err != nil || keyspace.Decode(b, h) != nil || h.ID != a {
+	if err != nil || keyspace.Decode(b, h) != nil || h.ID != a || h.Value.Validate() != nil {
 		return nil
 	}
 	return h
@@ -371,13 +367,14 @@ func (d *Dir) Holding(a keyspace.AttachmentID) *Holding {
 // Holdings lists all holdings. Files that a power loss tore are an error that
 // names them: the recover drill must not take them for nothing.
 func (d *Dir) Holdings() ([]Holding, error) {
-	h, err := readAll[Holding](d, "holdings")
+	h, err := readAll(d, "holdings", func(h *Holding) (keyspace.AttachmentID, error) { return h.ID, h.Value.Validate() })
 	slices.SortFunc(h, func(a, b Holding) int { return strings.Compare(a.ID.String(), b.ID.String()) })
 	return h, err
 }
 
-// readAll returns what can be read and joins the errors of what cannot.
-func readAll[T any](d *Dir, sub string) ([]T, error) {
+// readAll returns what can be read and joins the errors of what cannot. A file
+// that is not named after its attachment would not be found to be removed.
+func readAll[T any](d *Dir, sub string, check func(*T) (keyspace.AttachmentID, error)) ([]T, error) {
 	names, err := os.ReadDir(d.file(sub))
 	if err != nil {
 		return nil, fmt.Errorf("state directory: %w", err)
@@ -396,6 +393,12 @@ func readAll[T any](d *Dir, sub string) ([]T, error) {
 		if err == nil {
 			err = keyspace.Decode(b, &v)
 		}
+		if err == nil {
+			var id keyspace.AttachmentID
+			if id, err = check(&v); err == nil && nameOf(id) != n.Name() {
+				err = fmt.Errorf("it is about attachment %.300q, whose file is %s", id.String(), nameOf(id))
+			}
+		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("state directory: %s: %w", d.file(filepath.Join(sub, n.Name())), err))
 			continue
@@ -407,7 +410,7 @@ func readAll[T any](d *Dir, sub string) ([]T, error) {
 
 // Blocks returns the hint which blocks of a pool to look at, newest first.
 func (d *Dir) Blocks(space, pool string) []netip.Prefix {
-	return d.blocks()[space+"/"+pool]
+	return slices.DeleteFunc(d.blocks()[space+"/"+pool], func(p netip.Prefix) bool { return !p.IsValid() || p != p.Masked() })
 }
 
 func (d *Dir) blocks() map[string][]netip.Prefix {
@@ -426,6 +429,22 @@ func (d *Dir) SaveBlocks(space, pool string, blocks []netip.Prefix) error {
 	}
 	m[space+"/"+pool] = blocks
 	return d.replace("blocks", keyspace.Encode(m))
+}
+
+// Suspects returns what SaveSuspects kept. What cannot be read is nothing: those
+// leases are observed anew.
+func (d *Dir) Suspects() []leak.Observation {
+	var out []leak.Observation
+	b, err := os.ReadFile(d.file("suspects"))
+	if err != nil || keyspace.Decode(b, &out) != nil {
+		return nil
+	}
+	return out
+}
+
+// SaveSuspects keeps observations for the next time.
+func (d *Dir) SaveSuspects(o []leak.Observation) error {
+	return d.replace("suspects", keyspace.Encode(o))
 }
 
 // Touch sets a time stamp ("contact" or "asked") to now.

@@ -71,6 +71,26 @@ func TestTornMark(t *testing.T) {
 	}
 }
 
+// TestOpenTail: whatever is left of open counts until it is settled, and then no
+// more, also where a power loss made the file longer than it is.
+func TestOpenTail(t *testing.T) {
+	d := open(t)
+	for _, left := range []string{"", "-", strings.Repeat("-", 64), strings.Repeat("\x00", 4096), strings.Repeat("stale\n", 100)} {
+		must(t, os.WriteFile(d.file("open"), []byte(left), 0o600))
+		if pending, err := d.Pending(); err != nil || !pending {
+			t.Errorf("%d bytes %.8q: pending is %v, %v", len(left), left, pending, err)
+		}
+		must(t, d.Settled())
+		if pending, err := d.Pending(); err != nil || pending {
+			t.Errorf("%d bytes %.8q, settled: pending is %v, %v", len(left), left, pending, err)
+		}
+		must(t, d.Begin(entry.HashOf([]byte("x"))))
+		if pending, err := d.Pending(); err != nil || !pending {
+			t.Errorf("%d bytes %.8q, begun: pending is %v, %v", len(left), left, pending, err)
+		}
+	}
+}
+
 func TestKeyMode(t *testing.T) {
 	d := open(t)
 	if k, err := d.Key(); k != "" || err != nil {

@@ -43,11 +43,7 @@ func open(verb string, n *config.Network) (*plugin, error) {
 	if err != nil {
 		return nil, types.NewError(types.ErrInvalidNetworkConfig, "prefix cannot be used", err.Error())
 	}
-	cfg, err := etcdstore.FromSettings(n.Settings)
-	if err != nil {
-		return nil, types.NewError(types.ErrInvalidNetworkConfig, "etcd's credentials cannot be used", err.Error())
-	}
-	p.store = etcdstore.New(cfg)
+	p.store = etcdstore.New(etcdstore.FromSettings(n.Settings))
 	p.Writer, err = allocator.NewWriter(allocator.Config{
 		Writer: entry.Writer{Kind: entry.KindNode, Name: n.Node},
 		Store:  p.store, Dir: dir, Keys: keys, Cluster: n.ClusterID,
@@ -88,6 +84,15 @@ func (p *plugin) attachment(args *skel.CmdArgs) keyspace.AttachmentID {
 	return keyspace.AttachmentID{Node: p.network.Node, Network: p.network.Name, Container: args.ContainerID, Interface: args.IfName}
 }
 
+// checkNames refuses, with 4, an attachment that cannot stand in a key and in an
+// entry, before anything is asked of etcd. skel lets some of those through.
+func checkNames(args *skel.CmdArgs, n *config.Network) error {
+	if err := entry.ValidateAttachment(n.Node, n.Name, args.ContainerID, args.IfName); err != nil {
+		return types.NewError(types.ErrInvalidEnvironmentVariables, "attachment cannot be named so", err.Error())
+	}
+	return nil
+}
+
 // contacted notes for STATUS that etcd answered.
 func (p *plugin) contacted() {
 	if err := p.Dir.Touch("contact"); err != nil {
@@ -118,6 +123,7 @@ func stateCode(verb string, err error) uint {
 // details: runtimes drop what a failing plugin writes to stderr.
 func (p *plugin) fail(verb, what string, err error) error {
 	code, msg := uint(types.ErrTryAgainLater), "etcd cannot be reached"
+	var tls *etcdstore.TLSError
 	switch {
 	case errors.Is(err, allocator.ErrIntegrity):
 		code, msg = codeIntegrity, "the ledger refuses"
@@ -137,6 +143,10 @@ func (p *plugin) fail(verb, what string, err error) error {
 		msg = "etcd is out of space"
 	case errors.Is(err, allocator.ErrState):
 		code, msg = stateCode(verb, err), "state directory cannot be used"
+	case errors.As(err, &tls):
+		msg += ": " + tls.Msg
+	case errors.Is(err, etcdstore.ErrDenied):
+		msg = etcdstore.ErrDenied.Error()
 	case errors.Is(err, allocator.ErrNotApplied):
 		msg = "etcd refuses the transaction"
 	}

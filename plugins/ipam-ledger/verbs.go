@@ -18,6 +18,7 @@ import (
 
 	"github.com/ipam-ledger/ipam-ledger/pkg/allocator"
 	"github.com/ipam-ledger/ipam-ledger/pkg/config"
+	"github.com/ipam-ledger/ipam-ledger/pkg/etcdstore"
 	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
 )
 
@@ -26,6 +27,9 @@ import (
 func add(args *skel.CmdArgs) error {
 	n, err := config.LoadNetwork("ADD", args.StdinData, args.Args)
 	if err != nil {
+		return err
+	}
+	if err := checkNames(args, n); err != nil {
 		return err
 	}
 	if err := checkNetns(args); err != nil {
@@ -79,6 +83,11 @@ func del(args *skel.CmdArgs) error {
 		return err
 	}
 	defer p.close()
+	if err := checkNames(args, n); err != nil {
+		// No ADD of that name can have succeeded, and a pod must not hang for it.
+		p.Log.Warn("DEL of what cannot have been added", "err", err)
+		return nil
+	}
 	id := p.attachment(args)
 	if err := p.Release(context.Background(), id, ""); err != nil {
 		return p.fail("DEL", id.String(), err)
@@ -91,6 +100,9 @@ func del(args *skel.CmdArgs) error {
 func check(args *skel.CmdArgs) error {
 	n, err := config.LoadNetwork("CHECK", args.StdinData, args.Args)
 	if err != nil {
+		return err
+	}
+	if err := checkNames(args, n); err != nil {
 		return err
 	}
 	if n.PrevResult == nil {
@@ -203,10 +215,14 @@ func unreachable(n *config.Network, ago time.Duration, ever bool, cause error) e
 		since = "for " + ago.Round(time.Second).String()
 	}
 	details := fmt.Sprintf("node %s has had no contact with etcd (%s) %s; run 'ledger doctor' on it", n.Node, strings.Join(n.Endpoints, ", "), since)
+	msg := "etcd cannot be reached"
 	if cause != nil {
-		details += ": " + cause.Error()
+		details += ": " + strings.ReplaceAll(cause.Error(), "\n", "; ")
 	}
-	return types.NewError(pluginNotAvailable, "etcd cannot be reached", details)
+	if tls := (*etcdstore.TLSError)(nil); errors.As(cause, &tls) {
+		msg += ": " + tls.Msg
+	}
+	return types.NewError(pluginNotAvailable, msg, details)
 }
 
 // checkNetns does before the commit what skel does after it.

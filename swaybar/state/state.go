@@ -22,6 +22,9 @@
 // A state is newer by (Epoch, Revision, At): a restored etcd starts again at a
 // lower revision, in a higher epoch.
 //
+// Members may be added to a document without a new version, where a bar that
+// does not know them shows nothing wrong: Decode passes over what it does not know.
+//
 // No address, pod name or content of the ledger is in a state: every program in
 // the session can read it.
 package state
@@ -75,6 +78,13 @@ const (
 	VerifyError   = "error"   // could not be checked
 )
 
+// Kinds of certificates.
+const (
+	CertClient = "client" // the publisher's
+	CertCA     = "ca"     // by which it knows etcd
+	CertEtcd   = "etcd"   // that etcd shows
+)
+
 // States of the ledger.
 const (
 	LedgerRunning = "running"
@@ -96,6 +106,15 @@ type State struct {
 	Near      int       `json:"near,omitempty"` // nodes whose blocks are nearly full
 	Pools     []Pool    `json:"pools"`          // the fullest first
 	More      int       `json:"more,omitempty"` // pools that were cut off
+	Cert      *Cert     `json:"cert,omitempty"` // absent without TLS, and from older publishers
+}
+
+// Cert is, of the certificates that the publisher reaches etcd by, the one that
+// ends first.
+type Cert struct {
+	Kind  string    `json:"kind"` // CertClient, CertCA or CertEtcd
+	Until time.Time `json:"until"`
+	Warn  time.Time `json:"warn"` // from then on it is time to renew it
 }
 
 // Etcd is whether the publisher reaches etcd.
@@ -252,6 +271,8 @@ func (s *State) validate() error {
 		return errors.New("state: a text is too long")
 	case s.Nodes < 0 || s.Near < 0 || s.More < 0 || s.Verify.Findings < 0:
 		return errors.New("state: a count is negative")
+	case s.Cert != nil && (len(s.Cert.Kind) > MaxText || s.Cert.Until.IsZero() || s.Cert.Warn.After(s.Cert.Until)):
+		return errors.New("state: a certificate without an end, or with a kind that is too long")
 	}
 	for i := range s.Pools {
 		p := &s.Pools[i]

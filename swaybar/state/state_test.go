@@ -43,6 +43,31 @@ func TestEncode(t *testing.T) {
 	}
 }
 
+// A member that a program does not know does not keep it from reading the rest:
+// so a bar of before there was "cert" reads a state that has one, and today's
+// reads tomorrow's.
+func TestMembersAreAdded(t *testing.T) {
+	s := full()
+	s.Cert = &state.Cert{Kind: state.CertClient, Until: at.Add(240 * time.Hour), Warn: at.Add(-96 * time.Hour)}
+	b, err := state.Encode(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := `"cert":{"kind":"client","until":"2026-11-30T14:03:07Z","warn":"2026-11-16T14:03:07Z"}}`; !strings.HasSuffix(string(b), want) {
+		t.Errorf("got %s, want at its end %s", b, want)
+	}
+	if _, got, err := state.Decode(b); err != nil || *got.Cert != *s.Cert {
+		t.Errorf("%+v, %v", got, err)
+	}
+	later := strings.Replace(string(b), `"cert":`, `"morning":[{"x":1}],"cert":`, 1)
+	if kind, got, err := state.Decode([]byte(later)); kind != state.TypeState || err != nil || got.Revision != s.Revision {
+		t.Errorf("%q, %+v, %v", kind, got, err)
+	}
+	if _, got, err := state.Decode([]byte(strings.Replace(string(b), `,"cert":`, `,"x":`, 1))); err != nil || got.Cert != nil {
+		t.Errorf("a state without: %+v, %v", got, err)
+	}
+}
+
 // The fullest pools stay when not all fit, and no document is too large.
 func TestEncodeCuts(t *testing.T) {
 	for _, n := range []int{0, 1, 50, 500, 5000} {
@@ -113,31 +138,34 @@ func TestDecodeRefuses(t *testing.T) {
 		text string
 		want error
 	}{
-		"nothing":        {"", state.ErrForeign},
-		"no JSON":        {"reload", state.ErrForeign},
-		"another's":      {`{"app":"other","v":1}`, state.ErrForeign},
-		"array":          {`[1]`, state.ErrForeign},
-		"newer":          {`{"app":"ipam-ledger","v":2,"type":"state"}`, state.ErrVersion},
-		"newer, changed": {`{"app":"ipam-ledger","v":2,"type":"state","pools":7}`, state.ErrVersion},
-		"no version":     {`{"app":"ipam-ledger","type":"state"}`, state.ErrVersion},
-		"other type":     {`{"app":"ipam-ledger","v":1,"type":"x"}`, state.ErrForeign},
-		"too large":      {`{"app":"ipam-ledger","v":1,"type":"hello","x":"` + strings.Repeat("x", state.MaxSize) + `"}`, state.ErrForeign},
-		"wrong type":     {`{"app":"ipam-ledger","v":1,"type":"state","rev":"x"}`, nil},
-		"empty":          {`{"app":"ipam-ledger","v":1,"type":"state"}`, nil},
-		"null":           {`{"app":"ipam-ledger","v":1,"type":"state","pools":null}`, nil},
-		"no source":      {change(func(s *state.State) { s.Source = "" }), nil},
-		"long source":    {change(func(s *state.State) { s.Source = long }), nil},
-		"no time":        {change(func(s *state.State) { s.At = time.Time{} }), nil},
-		"no heartbeat":   {change(func(s *state.State) { s.Heartbeat = 0 }), nil},
-		"slow":           {change(func(s *state.State) { s.Heartbeat = math.MaxInt }), nil},
-		"nameless pool":  {change(func(s *state.State) { s.Pools[0].Name = "" }), nil},
-		"long pool":      {change(func(s *state.State) { s.Pools[0].Name = long }), nil},
-		"long space":     {change(func(s *state.State) { s.Pools[0].Space = long }), nil},
-		"long code":      {change(func(s *state.State) { s.Verify.Code = long }), nil},
-		"long error":     {change(func(s *state.State) { s.Etcd.Error = long + long }), nil},
-		"overflow":       {change(func(s *state.State) { s.Pools[0].Leased, s.Pools[0].Held = math.MaxUint64, 1 }), nil},
-		"negative":       {change(func(s *state.State) { s.Nodes = -1 }), nil},
-		"negative more":  {change(func(s *state.State) { s.More = -1 }), nil},
+		"nothing":             {"", state.ErrForeign},
+		"no JSON":             {"reload", state.ErrForeign},
+		"another's":           {`{"app":"other","v":1}`, state.ErrForeign},
+		"array":               {`[1]`, state.ErrForeign},
+		"newer":               {`{"app":"ipam-ledger","v":2,"type":"state"}`, state.ErrVersion},
+		"newer, changed":      {`{"app":"ipam-ledger","v":2,"type":"state","pools":7}`, state.ErrVersion},
+		"no version":          {`{"app":"ipam-ledger","type":"state"}`, state.ErrVersion},
+		"other type":          {`{"app":"ipam-ledger","v":1,"type":"x"}`, state.ErrForeign},
+		"too large":           {`{"app":"ipam-ledger","v":1,"type":"hello","x":"` + strings.Repeat("x", state.MaxSize) + `"}`, state.ErrForeign},
+		"wrong type":          {`{"app":"ipam-ledger","v":1,"type":"state","rev":"x"}`, nil},
+		"empty":               {`{"app":"ipam-ledger","v":1,"type":"state"}`, nil},
+		"null":                {`{"app":"ipam-ledger","v":1,"type":"state","pools":null}`, nil},
+		"no source":           {change(func(s *state.State) { s.Source = "" }), nil},
+		"long source":         {change(func(s *state.State) { s.Source = long }), nil},
+		"no time":             {change(func(s *state.State) { s.At = time.Time{} }), nil},
+		"no heartbeat":        {change(func(s *state.State) { s.Heartbeat = 0 }), nil},
+		"slow":                {change(func(s *state.State) { s.Heartbeat = math.MaxInt }), nil},
+		"nameless pool":       {change(func(s *state.State) { s.Pools[0].Name = "" }), nil},
+		"long pool":           {change(func(s *state.State) { s.Pools[0].Name = long }), nil},
+		"long space":          {change(func(s *state.State) { s.Pools[0].Space = long }), nil},
+		"long code":           {change(func(s *state.State) { s.Verify.Code = long }), nil},
+		"long error":          {change(func(s *state.State) { s.Etcd.Error = long + long }), nil},
+		"overflow":            {change(func(s *state.State) { s.Pools[0].Leased, s.Pools[0].Held = math.MaxUint64, 1 }), nil},
+		"negative":            {change(func(s *state.State) { s.Nodes = -1 }), nil},
+		"endless cert":        {change(func(s *state.State) { s.Cert = &state.Cert{Kind: "client"} }), nil},
+		"cert of a long kind": {change(func(s *state.State) { s.Cert = &state.Cert{Kind: long, Until: at} }), nil},
+		"warned too late":     {change(func(s *state.State) { s.Cert = &state.Cert{Until: at, Warn: at.Add(1)} }), nil},
+		"negative more":       {change(func(s *state.State) { s.More = -1 }), nil},
 	} {
 		_, _, err := state.Decode([]byte(c.text))
 		if err == nil || c.want != nil && !errors.Is(err, c.want) || c.want == nil && (errors.Is(err, state.ErrForeign) || errors.Is(err, state.ErrVersion)) {

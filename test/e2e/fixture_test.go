@@ -318,6 +318,9 @@ func (c *cluster) ledgerCommand(args ...string) *exec.Cmd {
 // machine's is read.
 func (c *cluster) emptyConfig() string {
 	file := filepath.Join(c.dir, "empty.json")
+	if b, err := os.ReadFile(file); err == nil && string(b) == "{}" {
+		return file // another command may be reading it
+	}
 	if err := os.WriteFile(file, []byte("{}"), 0o600); err != nil {
 		c.t.Fatal(err)
 	}

@@ -334,7 +334,7 @@ func TestTLS(t *testing.T) {
 		"unknown CA":               {client(stranger.file, fine.Cert, fine.Key), []string{"TLS", "not signed by " + stranger.file}},
 		"no client certificate":    {client(ca.file, "", ""), []string{"TLS", "no certificate", "certFile"}},
 		"strange client":           {client(ca.file, strange.Cert, strange.Key), []string{"TLS", "refuses", strange.Cert}},
-		"expired client":           {client(ca.file, expired.Cert, expired.Key), []string{"TLS", "refuses", expired.Cert}},
+		"expired client":           {client(ca.file, expired.Cert, expired.Key), []string{"TLS", "client certificate " + expired.Cert, "has expired", "renew it"}},
 		"key of another":           {client(ca.file, fine.Cert, strange.Key), []string{"client certificate", fine.Cert, strange.Key}},
 		"system's roots":           {client("", fine.Cert, fine.Key), []string{"TLS", "caFile is not set"}},
 		"no certificate in caFile": {client(fine.Key, fine.Cert, fine.Key), []string{"caFile", fine.Key}},
@@ -352,7 +352,7 @@ func TestTLS(t *testing.T) {
 	t.Run("expired server", func(t *testing.T) {
 		c := serve(t, expired)
 		c.ipamEtcd = good
-		refused(t, c.node("n1"), "TLS", "certificate is valid from", "renew it")
+		refused(t, c.node("n1"), "TLS", "etcd's certificate (CN=somebody", "has expired", "renew it")
 	})
 	t.Run("another name", func(t *testing.T) {
 		c := serve(t, named)

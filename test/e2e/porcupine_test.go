@@ -12,8 +12,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/anishathalye/porcupine"
-
+	"github.com/ipam-ledger/ipam-ledger/internal/history"
 	"github.com/ipam-ledger/ipam-ledger/pkg/allocator"
 	"github.com/ipam-ledger/ipam-ledger/pkg/audit/entry"
 	"github.com/ipam-ledger/ipam-ledger/pkg/etcdstore"
@@ -21,68 +20,7 @@ import (
 	"github.com/ipam-ledger/ipam-ledger/pkg/statedir"
 )
 
-// The model of I1: a set of addresses, each free or held.
-
-type input struct {
-	release bool
-	address int // of a release
-}
-
-// output of an acquire: an address, or none because the pool is exhausted.
-type output struct {
-	address   int // from 0
-	exhausted bool
-}
-
 const addresses = 5 // .2 to .6 of a /29
-
-// pool steps a state, a bit for each address that is held, by an operation.
-var pool = porcupine.Model{
-	Init: func() any { return uint(0) },
-	Step: func(state, in, out any) (bool, any) {
-		held, i, o := state.(uint), in.(input), out.(output)
-		switch {
-		case i.release:
-			return held&(1<<i.address) != 0, held &^ (1 << i.address)
-		case o.exhausted:
-			return held == 1<<addresses-1, held
-		}
-		return held&(1<<o.address) == 0, held | 1<<o.address
-	},
-	DescribeOperation: func(in, out any) string {
-		i, o := in.(input), out.(output)
-		switch {
-		case i.release:
-			return fmt.Sprintf("release %d", i.address)
-		case o.exhausted:
-			return "exhausted"
-		}
-		return fmt.Sprintf("acquire %d", o.address)
-	},
-}
-
-// TestModel: the model is one that can say no.
-func TestModel(t *testing.T) {
-	acquire := func(client int, call, ret int64, address int) porcupine.Operation {
-		return porcupine.Operation{ClientId: client, Call: call, Return: ret, Input: input{}, Output: output{address: address}}
-	}
-	release := func(client int, call, ret int64, address int) porcupine.Operation {
-		return porcupine.Operation{ClientId: client, Call: call, Return: ret, Input: input{true, address}, Output: output{}}
-	}
-	for name, x := range map[string]struct {
-		want    bool
-		history []porcupine.Operation
-	}{
-		"two holders":            {false, []porcupine.Operation{acquire(0, 1, 2, 0), acquire(1, 3, 4, 0)}},
-		"one after the other":    {true, []porcupine.Operation{acquire(0, 1, 2, 0), release(0, 3, 6, 0), acquire(1, 4, 5, 0)}},
-		"exhausted while free":   {false, []porcupine.Operation{acquire(0, 1, 2, 0), {ClientId: 1, Call: 3, Return: 4, Input: input{}, Output: output{exhausted: true}}}},
-		"released before it was": {false, []porcupine.Operation{release(0, 1, 2, 0), acquire(0, 3, 4, 0)}},
-	} {
-		if got := porcupine.CheckOperations(pool, x.history); got != x.want {
-			t.Errorf("%s: %v, want %v", name, got, x.want)
-		}
-	}
-}
 
 // flaky is a connection whose replies get lost: the commit was done, was not,
 // or is done later, when the caller has gone on or given up.
@@ -187,23 +125,20 @@ func TestLinearizable(t *testing.T) {
 			wg.Go(func() { h.live(t, rounds) })
 		}
 		wg.Wait()
-		var history []porcupine.Operation
+		var ops []history.Operation
 		for _, h := range all {
-			history = append(history, h.history(t, c.node(h.node))...)
+			ops = append(ops, h.history(t, c.node(h.node))...)
 			h.lives = nil
 		}
 		var exhausted int
-		for _, op := range history {
-			if op.Output.(output).exhausted {
+		for _, op := range ops {
+			if op.Kind == history.Exhausted {
 				exhausted++
 			}
 		}
-		t.Logf("%d operations, %d times exhausted", len(history), exhausted)
-		if res := porcupine.CheckOperationsTimeout(pool, history, time.Minute); res != porcupine.Ok {
-			t.Errorf("history is %s", res)
-			for _, op := range history {
-				t.Logf("%d %d-%d %s", op.ClientId, op.Call, op.Return, pool.DescribeOperation(op.Input, op.Output))
-			}
+		t.Logf("%d operations, %d times exhausted", len(ops), exhausted)
+		if err := history.Check(addresses, ops, time.Minute); err != nil {
+			t.Error(err)
 		}
 		c.wantLeased()
 		if t.Failed() {
@@ -230,14 +165,15 @@ type historian struct {
 // it was done, if at all, before the release was known to be.
 type life struct {
 	container                     string
-	address                       int // -1: not answered
+	who                           int32 // a number of its own among all writers'
+	address                       int   // -1: not answered
 	exhausted                     bool
 	acquire, acquired             time.Duration
 	release /* first */, released time.Duration
 }
 
 // history is what the lives so far were for the pool.
-func (h *historian) history(t *testing.T, n *node) (out []porcupine.Operation) {
+func (h *historian) history(t *testing.T, n *node) (out []history.Operation) {
 	onRecord := map[string]int{}
 	for _, e := range n.entries(entry.Acquire) {
 		if _, twice := onRecord[e.Container]; twice {
@@ -247,24 +183,24 @@ func (h *historian) history(t *testing.T, n *node) (out []porcupine.Operation) {
 	}
 	for _, l := range h.lives {
 		recorded, ok := onRecord[l.container]
-		op := porcupine.Operation{ClientId: h.client, Call: int64(l.acquire), Return: int64(l.acquired), Input: input{}, Output: output{l.address, l.exhausted}}
+		op := history.Operation{Kind: history.Acquire, Address: l.address, Who: l.who, Client: h.client, Call: l.acquire, Return: l.acquired}
 		switch {
 		case l.exhausted:
 			if ok {
 				t.Errorf("%s was told that the pool is exhausted, and acquired %d", l.container, recorded)
 			}
-			op.Output = output{exhausted: true}
+			op.Kind, op.Address, op.Who = history.Exhausted, 0, 0
 			out = append(out, op)
 			continue
 		case l.address < 0 && !ok:
 			continue // it never was
 		case l.address < 0:
-			op.Output, op.Return = output{address: recorded}, int64(l.released)
+			op.Address, op.Return = recorded, l.released
 		case !ok || recorded != l.address:
 			t.Errorf("%s was told %d, and the record says %d (%v)", l.container, l.address, recorded, ok)
 		}
-		out = append(out, op, porcupine.Operation{
-			ClientId: h.client, Call: int64(l.release), Return: int64(l.released), Input: input{true, recorded}, Output: output{},
+		out = append(out, op, history.Operation{
+			Kind: history.Release, Address: recorded, Who: l.who, Client: h.client, Call: l.release, Return: l.released,
 		})
 	}
 	return out
@@ -283,7 +219,7 @@ func (h *historian) call(do func(ctx context.Context) error) error {
 func (h *historian) live(t *testing.T, rounds int) {
 	for range rounds {
 		h.serial++
-		l := life{container: fmt.Sprint("c", h.serial), address: -1}
+		l := life{container: fmt.Sprint("c", h.serial), who: int32(h.client*1000 + h.serial), address: -1}
 		id := keyspace.AttachmentID{Node: h.node, Network: "net", Container: l.container, Interface: "eth0"}
 		var a *keyspace.Attachment
 		l.acquire = time.Since(h.began)

@@ -678,6 +678,10 @@ func (e *Entry) parseText(text string) error {
 	if empty := seen &^ e.fields(); empty != 0 {
 		return fmt.Errorf("%s is zero: leave the line out", fieldNames(empty))
 	}
+	// A spec may hash to anything, so that its line is there or missing.
+	if missing := e.fields() &^ seen; missing != 0 {
+		return fmt.Errorf("op %s lacks %s", e.Op, fieldNames(missing))
+	}
 	return e.validate()
 }
 

@@ -55,6 +55,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 )
 
 // Header is the first line of every entry of this version.
@@ -259,6 +261,29 @@ func validateToken(what, s string, limit int) error {
 		if !tokenByte[s[i]] {
 			return fmt.Errorf("%s %.200q: only A-Z a-z 0-9 . _ @ - are allowed", what, s)
 		}
+	}
+	return nil
+}
+
+// ValidateAttachment checks the names of an attachment: they are parts of a key and
+// stand in entries and in JSON, where each must have one spelling.
+func ValidateAttachment(node, network, container, iface string) error {
+	if err := ValidateName("node", node); err != nil {
+		return err
+	}
+	if err := validateToken("network", network, MaxNetwork); err != nil {
+		return err
+	}
+	if err := validateToken("container", container, MaxContainer); err != nil {
+		return err
+	}
+	switch {
+	case iface == "":
+		return errors.New("interface is empty")
+	case len(iface) > MaxInterface:
+		return fmt.Errorf("interface %.40q has %d bytes: at most %d", iface, len(iface), MaxInterface)
+	case !utf8.ValidString(iface), strings.ContainsFunc(iface, func(r rune) bool { return r == '/' || r == ' ' || !unicode.IsPrint(r) }):
+		return fmt.Errorf("interface %q: only printable UTF-8 without slash and space is allowed", iface)
 	}
 	return nil
 }

@@ -1,0 +1,426 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/ipam-ledger/ipam-ledger/internal/cri"
+	"github.com/ipam-ledger/ipam-ledger/pkg/allocator"
+	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
+	"github.com/ipam-ledger/ipam-ledger/pkg/leak"
+)
+
+// runtimeList is where a node's list of sandboxes comes from.
+type runtimeList struct{ cri, containers string }
+
+func (r *runtimeList) flags(c *cobra.Command) {
+	c.Flags().StringVar(&r.cri, "cri", "", "ask the container runtime at this CRI `endpoint`, as unix:///run/containerd/containerd.sock")
+	c.Flags().StringVar(&r.containers, "containers", "", "read the IDs of all sandboxes of this node from `FILE` (- is standard input), one a line, as 'crictl pods -q' writes them")
+}
+
+func (r *runtimeList) given() bool { return r.cri != "" || r.containers != "" }
+
+// criTimeout is for the runtime's answers.
+const criTimeout = 30 * time.Second
+
+// read returns the list and how the record calls it.
+func (r *runtimeList) read(ctx context.Context, a *app) (leak.Containers, string, error) {
+	if r.cri != "" && r.containers != "" {
+		return nil, "", usage("--cri and --containers both say what runs: give one")
+	}
+	if r.cri != "" {
+		ctx, cancel := context.WithTimeout(ctx, criTimeout)
+		defer cancel()
+		name, ids, err := cri.Sandboxes(ctx, r.cri)
+		return ids, name, err
+	}
+	var ids leak.Containers
+	err := a.input(r.containers, func(in io.Reader) (err error) {
+		ids, err = readContainers(in)
+		return err
+	})
+	if err != nil {
+		return nil, "", fmt.Errorf("--containers %s: %w", r.containers, err)
+	}
+	return ids, "the list given", nil
+}
+
+func readContainers(in io.Reader) (leak.Containers, error) {
+	ids := leak.Containers{}
+	lines := bufio.NewScanner(in)
+	for n := 1; lines.Scan(); n++ {
+		id := strings.TrimSpace(lines.Text())
+		if id == "" {
+			continue
+		}
+		if strings.ContainsAny(id, " \t/{}\"") {
+			return nil, fmt.Errorf("line %d: %.60q is no container ID; want one a line, as 'crictl pods -q --no-trunc' writes them", n, id)
+		}
+		if len(id) == 13 && isHex(id) {
+			return nil, fmt.Errorf("line %d: %q is a shortened ID; want the whole ones ('crictl pods -q --no-trunc')", n, id)
+		}
+		ids[id] = true
+	}
+	return ids, lines.Err()
+}
+
+func isHex(s string) bool { return strings.Trim(s, "0123456789abcdef") == "" }
+
+// input runs f on a file, or on standard input for "-".
+func (a *app) input(file string, f func(io.Reader) error) error {
+	if file == "-" {
+		return f(a.in)
+	}
+	in, err := os.Open(file)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	return f(in)
+}
+
+// collection is one run of 'ledger gc'.
+type collection struct {
+	runtime runtimeList
+	pods    []string
+	grace   time.Duration
+	most    int
+	wait    bool
+	dry     bool
+	shown   bool // dry because somebody looks on
+	yes     bool
+	reason  string
+}
+
+// What 'gc -o json' writes.
+type collected struct {
+	Source   string        `json:"source"` // what was asked
+	Listed   int           `json:"listed"` // how many it has
+	Known    int           `json:"known"`  // leases that are on the list
+	Untold   int           `json:"untold"` // leases it says nothing about
+	Dry      bool          `json:"dryRun"`
+	Grace    string        `json:"grace"`
+	Suspects []suspectLine `json:"suspects"`
+	Freed    int           `json:"freed"`
+	Waiting  int           `json:"waiting"` // not on the list, and not for long enough
+	Left     int           `json:"left"`    // leaked, and beyond --max
+}
+
+type suspectLine struct {
+	Attachment keyspace.AttachmentID `json:"attachment"`
+	Leases     []keyspace.Lease      `json:"leases"`
+	Pod        string                `json:"pod,omitempty"`
+	PodUID     string                `json:"podUID,omitempty"`
+	Since      time.Time             `json:"since"`
+	State      string                `json:"state"` // waiting, leaked, freed, forgotten, changed, failed
+	Error      string                `json:"error,omitempty"`
+}
+
+func (a *app) gc() *cobra.Command {
+	var g collection
+	c := &cobra.Command{
+		Use:   "gc --cri ENDPOINT | --containers FILE | --pods FILE",
+		Short: "Free what no pod uses any more",
+		Long: `Free the leases that nobody uses any more, because a DEL never came: the runtime
+lost its state, or a node did not come back.
+
+--cri asks this node's container runtime, --containers reads the runtime's list;
+the command then acts as this node and frees what is leased on this node alone.
+--pods reads the pods of the whole cluster, as kubectl writes them, and acts as an
+operator; pods are told apart by their UID, static pods by that of their mirror's
+annotations. Where several clusters share the ledger, give --pods once for each.
+
+A lease is freed if it is not on the list in two observations, at least --grace
+apart, and if it is still the same lease in the transaction that ends it. So a
+first run frees nothing: it writes down what it saw, and a later one (a timer's)
+goes on from there. --wait makes both observations in one run. A list that cannot be
+read, is cut off or has no pod frees nothing.
+
+On a terminal it only shows what it would do, unless --yes is given.`,
+		Example: `  ledger gc --cri unix:///run/containerd/containerd.sock
+  kubectl get pods --all-namespaces -o json | ledger gc --pods -`,
+		Args:        args(0, 0, ""),
+		Annotations: formats("table,wide,json,yaml,name"),
+	}
+	g.runtime.flags(c)
+	c.Flags().StringArrayVar(&g.pods, "pods", nil, "read all pods of the cluster from `FILE` (- is standard input)")
+	c.Flags().DurationVar(&g.grace, "grace", 5*time.Minute, "how `long` a lease must have been off the list")
+	c.Flags().IntVar(&g.most, "max", 100, "free at most `N` in this run")
+	c.Flags().BoolVar(&g.wait, "wait", false, "observe, wait for the grace period, observe again, and free (with --cri)")
+	c.Flags().BoolVar(&g.dry, "dry-run", false, "show what would be done; free nothing and write nothing down")
+	c.Flags().BoolVarP(&g.yes, "yes", "y", false, "do it, also on a terminal")
+	c.Flags().StringVar(&g.reason, "reason", "", "why, for the record: `text` (what was observed is added)")
+	c.RunE = func(cmd *cobra.Command, _ []string) error {
+		switch {
+		case g.runtime.given() == (len(g.pods) > 0):
+			return usage("say who knows what exists: --cri or --containers for this node, or --pods for the whole cluster")
+		case g.grace < 0:
+			return usage("--grace %v: want a time from 0", g.grace)
+		case g.most < 1:
+			return usage("--max %d: want 1 or more", g.most)
+		case g.wait && g.runtime.cri == "":
+			return usage("--wait needs --cri: another list would have to be made anew; run the command again instead")
+		case g.dry && g.yes:
+			return usage("--dry-run and --yes exclude each other")
+		case len(g.reason) > maxGCReason:
+			return usage("--reason has %d bytes: at most %d", len(g.reason), maxGCReason)
+		}
+		if (a.terminalIn || a.terminalOut) && !g.yes {
+			g.dry, g.shown = true, !g.dry
+		}
+		return a.collect(cmd.Context(), &g)
+	}
+	return c
+}
+
+// maxGCReason leaves room for what is added.
+const maxGCReason = 512
+
+func (a *app) collect(ctx context.Context, g *collection) error {
+	var w *allocator.Writer
+	var done func()
+	var err error
+	source := "runtime"
+	if g.runtime.given() {
+		w, done, err = a.node(false)
+	} else {
+		source = "pods"
+		w, done, err = a.operator()
+	}
+	if err != nil {
+		return err
+	}
+	defer done()
+	if err := w.Identity(); err != nil {
+		return err
+	}
+	out, err := a.observe(ctx, g, w, source)
+	if err == nil && g.wait && !g.dry && out.Waiting > 0 && out.Left == 0 {
+		a.say("%s not on the list; looking again in %v", was(out.Waiting, "lease"), g.grace)
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(g.grace):
+		}
+		freed := out.Freed
+		if out, err = a.observe(ctx, g, w, source); out != nil {
+			out.Freed += freed
+		}
+	}
+	if out == nil {
+		return err
+	}
+	return errors.Join(err, a.showCollected(out, g))
+}
+
+// observe makes one observation, frees what is proven leaked, and writes the
+// rest down for the next.
+func (a *app) observe(ctx context.Context, g *collection, w *allocator.Writer, source string) (*collected, error) {
+	out := &collected{Dry: g.dry, Grace: g.grace.String(), Suspects: []suspectLine{}}
+	// The leases first: what comes into being after this is on the list, or at
+	// least not among them.
+	leases, err := a.leases(ctx, w, source == "runtime")
+	if err != nil {
+		return nil, err
+	}
+	var list leak.List
+	if source == "runtime" {
+		ids, name, err := g.runtime.read(ctx, a)
+		if err != nil {
+			return nil, err
+		}
+		list, out.Listed, out.Source = ids, len(ids), name
+	} else {
+		pods := new(leak.Pods)
+		for _, file := range g.pods {
+			if err := a.input(file, pods.Add); err != nil {
+				return nil, fmt.Errorf("--pods %s: %w", file, err)
+			}
+		}
+		list, out.Listed, out.Source = pods, pods.Len(), "the list of pods"
+	}
+	earlier := w.Dir.Suspects()
+	found := leak.Judge(leases, list, source, earlier, a.now(), g.grace)
+	out.Known, out.Untold = found.Known, found.Untold
+
+	// Before anything is freed: a process that dies here has observed all the same.
+	if !g.dry {
+		keep := slices.DeleteFunc(earlier, func(o leak.Observation) bool { return o.Source == source })
+		for _, s := range found.Suspects {
+			keep = append(keep, leak.Observation{Attachment: s.ID, Acquire: s.Value.Acquire, Source: source, Since: s.Since.UTC()})
+		}
+		if err := w.Dir.SaveSuspects(keep); err != nil {
+			return nil, err
+		}
+	}
+	tried, failed := 0, 0
+	for _, s := range found.Suspects {
+		line := suspectLine{Attachment: s.ID, Leases: s.Value.Leases, Pod: s.Value.Pod, PodUID: s.Value.PodUID, Since: s.Since.UTC(), State: "waiting"}
+		switch {
+		case !s.Leaked:
+			out.Waiting++
+		case g.dry:
+			line.State = "leaked"
+		case tried >= g.most || ctx.Err() != nil:
+			line.State = "leaked"
+			out.Left++
+		default:
+			tried++
+			freed, err := w.Reap(ctx, s.ID, s.Value.Acquire, g.say(out.Source, a.now().Sub(s.Since)))
+			switch {
+			case err != nil:
+				line.State, line.Error = "failed", err.Error()
+				failed++
+			case freed:
+				line.State = "freed"
+				out.Freed++
+			case s.Remembered:
+				line.State = "forgotten"
+			default:
+				line.State = "changed" // gone, or another lease by now
+			}
+		}
+		out.Suspects = append(out.Suspects, line)
+	}
+	if failed > 0 {
+		return out, refuse("nothing is lost: the next run tries again", "%s could not be freed", count(failed, "lease"))
+	}
+	return out, ctx.Err()
+}
+
+// say is the reason on the record.
+func (g *collection) say(source string, off time.Duration) string {
+	s := fmt.Sprintf("gc: not known to %s for %v", source, off.Round(time.Second))
+	if g.reason != "" {
+		s = g.reason + "; " + s
+	}
+	return s
+}
+
+// leases lists what etcd has leased, on this writer's node or everywhere, and
+// what the node remembers though etcd does not have it.
+func (a *app) leases(ctx context.Context, w *allocator.Writer, own bool) ([]leak.Lease, error) {
+	prefix := w.Keys.Attachments()
+	if own {
+		prefix = w.Keys.NodeAttachments(w.Config.Writer.Name)
+	}
+	r, err := a.connect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer r.store.Close()
+	if err := r.haveLedger(); err != nil {
+		return nil, err
+	}
+	out, err := a.attachments(ctx, r, prefix)
+	if err != nil || !own {
+		return out, err
+	}
+	held, err := w.Dir.Holdings()
+	if err != nil {
+		a.warn("%v", err) // what can be read is listed all the same
+	}
+	have := map[keyspace.AttachmentID]bool{}
+	for _, l := range out {
+		have[l.ID] = true
+	}
+	for _, h := range held {
+		if !have[h.ID] {
+			out = append(out, leak.Lease{ID: h.ID, Value: h.Value, Remembered: true})
+		}
+	}
+	return out, nil
+}
+
+// pageSize is how many keys are read at a time.
+const pageSize = 1000
+
+// attachments reads the attachments below a prefix. What cannot be read is
+// warned about and left out.
+func (a *app) attachments(ctx context.Context, r *reader, prefix string) ([]leak.Lease, error) {
+	var out []leak.Lease
+	bad := 0
+	err := r.each(ctx, prefix, func(k keyspace.Key, value []byte) error {
+		l := leak.Lease{ID: k.Attachment}
+		if keyspace.Decode(value, &l.Value) != nil {
+			bad++
+			return nil
+		}
+		out = append(out, l)
+		return nil
+	})
+	if bad > 0 {
+		a.warn("%s cannot be read and left alone; 'ledger verify' says more", count(bad, "attachment"))
+	}
+	return out, err
+}
+
+func (a *app) showCollected(v *collected, g *collection) error {
+	if done, err := a.structured(v); done {
+		return err
+	}
+	if a.output == "name" {
+		for _, s := range v.Suspects {
+			if s.State == "freed" || s.State == "leaked" {
+				a.printf("%s\n", s.Attachment)
+			}
+		}
+		return nil
+	}
+	if len(v.Suspects) > 0 {
+		headers := []string{"ADDRESS", "POD", "ATTACHMENT", "OFF THE LIST", "STATE"}
+		t := a.table(headers...)
+		for _, s := range v.Suspects {
+			id := s.Attachment
+			if !a.wide() && len(id.Container) > 12 {
+				id.Container = id.Container[:12] + "…"
+			}
+			off, state := span(a.now().Sub(s.Since)), s.State
+			switch s.State {
+			case "waiting":
+				state = "waiting: " + span(max(0, g.grace-a.now().Sub(s.Since))) + " to go"
+				if s.Since.Equal(a.now()) || a.now().Sub(s.Since) < time.Second {
+					off = "just now"
+				}
+			case "leaked":
+				if state = "leaked: to be freed"; !g.dry {
+					state = "leaked: left for the next run"
+				}
+			case "failed":
+				state = "failed: " + s.Error
+			case "forgotten":
+				state = "forgotten: etcd did not have it"
+			case "changed":
+				state = "changed meanwhile: left alone"
+			}
+			t.row(addressText(s.Leases), podText(s.Pod, s.PodUID), id.String(), off, state)
+		}
+		t.flush()
+		a.printf("\n")
+	}
+	a.printf("%s known to %s (%d listed)", was(v.Known, "lease"), printable(v.Source), v.Listed)
+	if v.Untold > 0 {
+		a.printf(", %d it says nothing about", v.Untold)
+	}
+	a.printf(": %d freed, %d waiting", v.Freed, v.Waiting)
+	if v.Left > 0 {
+		a.printf(", %d left for the next run (--max %d)", v.Left, g.most)
+	}
+	a.printf("\n")
+	switch {
+	case g.shown:
+		a.printf("a dry run: nothing was freed or written down; --yes does it\n")
+	case v.Dry:
+		a.printf("a dry run: nothing was freed or written down\n")
+	}
+	return nil
+}

@@ -1,0 +1,100 @@
+package allocator
+
+import (
+	"context"
+	"errors"
+	"os"
+	"slices"
+	"testing"
+
+	"github.com/ipam-ledger/ipam-ledger/pkg/audit/entry"
+	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
+)
+
+// TestStateLost: pods that run on a node whose state directory was lost keep
+// their addresses when the next drill asks what the node holds. One whose release
+// waits does not come back.
+func TestStateLost(t *testing.T) {
+	w := newWorld(t, 1)
+	defer w.store.check(t)
+	w.init(t)
+	p, n, ctx := mustPool(t, "10.22.0.0/24"), w.nodes[0], context.Background()
+	for _, c := range []string{"a", "b", "gone"} {
+		if _, err := n.add(p, c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.RemoveAll(n.dir); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.add(p, "c"); !errors.Is(err, ErrIntegrity) {
+		t.Fatalf("a node without its key: %v", err)
+	}
+	if err := n.del("gone"); err != nil {
+		t.Fatal(err)
+	}
+	admin := func(f func(*Writer) error) {
+		t.Helper()
+		if err := w.admin.run(f); err != nil {
+			t.Fatal(err)
+		}
+	}
+	admin(func(x *Writer) error { _, err := x.Replace(ctx, n.who, "lost"); return err })
+	if _, err := n.add(p, "c"); err != nil {
+		t.Fatal(err)
+	}
+	admin(func(x *Writer) error { _, err := x.RecoverStart(ctx, 0, "a drill"); return err })
+	var r *Recovery
+	if err := n.run(func(x *Writer) (err error) { r, err = x.Recover(ctx, nil, "a drill"); return err }); err != nil {
+		t.Fatal(err)
+	}
+	if !r.Done || r.Kept != 3 || len(r.Released) > 0 || len(r.Asserted) > 0 {
+		t.Errorf("recovered: %+v", r)
+	}
+	admin(func(x *Writer) error { _, err := x.Thaw(ctx, []string{n.who.Name}, nil, "done"); return err })
+	for c, want := range map[string]string{"a": "10.22.0.2", "b": "10.22.0.3"} {
+		got, err := n.add(p, c)
+		wantAddrs(t, got, err, want)
+	}
+	// Pods that died with the directory are for the runtime's GC.
+	err := n.run(func(x *Writer) error {
+		got, err := x.GC(ctx, "net", map[keyspace.AttachmentID]bool{n.attachment("a"): true, n.attachment("c"): true})
+		if !slices.Equal(got, []keyspace.AttachmentID{n.attachment("b")}) {
+			t.Errorf("GC released %v", got)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestRenamed: a pod that goes while its node has another name is released when
+// the name is set back.
+func TestRenamed(t *testing.T) {
+	w := newWorld(t, 1)
+	defer w.store.check(t)
+	w.init(t)
+	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	if _, err := n.add(p, "a"); err != nil {
+		t.Fatal(err)
+	}
+	was := n.who
+	n.who = entry.Writer{Kind: entry.KindNode, Name: "renamed"}
+	if _, err := n.add(p, "b"); !errors.Is(err, ErrIntegrity) {
+		t.Fatalf("another name: %v", err)
+	}
+	if err := n.del("a"); err != nil {
+		t.Fatal(err)
+	}
+	n.who = was
+	if held, err := n.writer().Dir.Holdings(); err != nil || len(held) > 0 {
+		t.Errorf("a pod that is gone is held: %v, %v", held, err)
+	}
+	if err := n.run(func(x *Writer) error { return x.Probe(context.Background()) }); err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := w.store.now().keys[testKeys.Attachment(n.attachment("a"))]; ok {
+		t.Error("the release under another name was lost")
+	}
+}
