@@ -100,7 +100,7 @@ func (d *doctor) show() {
 	}
 	for _, c := range d.checks {
 		colour := map[string]string{ok: green, warn: yellow, fail: red}[c.Result]
-		d.printf("%s %-*s  %s\n", d.paint(colour, fmt.Sprintf("%-4s", c.Result)), width, c.Name, strings.ReplaceAll(c.Text, "\n", "\n  "))
+		d.printf("%s %-*s  %s\n", d.paint(colour, fmt.Sprintf("%-4s", c.Result)), width, c.Name, strings.ReplaceAll(printableLines(c.Text), "\n", "\n  "))
 		if c.Remedy != "" {
 			d.printf("     %-*s  -> %s\n", width, "", c.Remedy)
 		}

@@ -10,6 +10,7 @@ import (
 	"text/tabwriter"
 	"time"
 	"unicode"
+	"unicode/utf16"
 	"unicode/utf8"
 
 	"github.com/spf13/cobra"
@@ -66,7 +67,28 @@ func marshal(v any, indent string) ([]byte, error) {
 	e.SetEscapeHTML(false)
 	e.SetIndent("", indent)
 	err := e.Encode(v)
-	return b.Bytes(), err
+	return printableJSON(b.Bytes()), err
+}
+
+// printableJSON escapes what encoding/json does not and a terminal may obey: the
+// other control characters, and those that turn the direction of writing round.
+// They can only stand in strings.
+func printableJSON(b []byte) []byte {
+	strange := func(r rune) bool { return r >= 0x7f && !unicode.IsPrint(r) }
+	if bytes.IndexFunc(b, strange) < 0 {
+		return b
+	}
+	var out []byte
+	for _, r := range string(b) {
+		if strange(r) {
+			for _, u := range utf16.AppendRune(nil, r) {
+				out = fmt.Appendf(out, "\\u%04x", u)
+			}
+			continue
+		}
+		out = utf8.AppendRune(out, r)
+	}
+	return out
 }
 
 // wide reports whether -o wide was asked for.

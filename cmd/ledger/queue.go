@@ -40,7 +40,7 @@ some along by itself.`,
 			}
 			if a.output == "name" {
 				for _, x := range q {
-					a.printf("%s\n", x.Attachment)
+					a.printf("%s\n", printable(x.Attachment.String()))
 				}
 				return qerr
 			}

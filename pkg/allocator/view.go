@@ -443,23 +443,11 @@ func decodeAddress(b []byte, a *keyspace.Address) error {
 	return nil
 }
 
-// decodeMeta reads meta. That of a newer version is left to who compares versions.
 func decodeMeta(b []byte, m *keyspace.Meta) error {
-	if err := keyspace.Decode(b, m); err != nil || m.Version > keyspace.FormatVersion {
+	if err := keyspace.Decode(b, m); err != nil {
 		return err
 	}
-	switch {
-	case m.Version < 1:
-		return fmt.Errorf("version %d: want 1 or more", m.Version)
-	case m.Epoch < 1:
-		return errors.New("epoch 0: want 1 or more")
-	case m.State != keyspace.Running && m.State != keyspace.Frozen:
-		return fmt.Errorf("state %.80q: want running or frozen", m.State)
-	}
-	if err := entry.ValidateName("etcdCluster", m.EtcdCluster); err != nil {
-		return err
-	}
-	return entry.ValidateName("cluster", m.Cluster)
+	return m.Validate()
 }
 
 // decodeAttachment reads an attachment's value, and refuses one that an ADD could

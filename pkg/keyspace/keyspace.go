@@ -309,6 +309,25 @@ type Meta struct {
 	Entry       entry.Ref `json:"entry"`                // the meta entry that wrote this
 }
 
+// Validate says what is wrong with a meta that was decoded. That of a newer
+// version is left to who compares versions.
+func (m *Meta) Validate() error {
+	switch {
+	case m.Version > FormatVersion:
+		return nil
+	case m.Version < 1:
+		return fmt.Errorf("version %d: want 1 or more", m.Version)
+	case m.Epoch < 1:
+		return errors.New("epoch 0: want 1 or more")
+	case m.State != Running && m.State != Frozen:
+		return fmt.Errorf("state %.80q: want running or frozen", m.State)
+	}
+	if err := entry.ValidateName("etcdCluster", m.EtcdCluster); err != nil {
+		return err
+	}
+	return entry.ValidateName("cluster", m.Cluster)
+}
+
 // EtcdClusterID spells etcd's cluster ID as Meta has it.
 func EtcdClusterID(id uint64) string { return fmt.Sprintf("%016x", id) }
 

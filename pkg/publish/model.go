@@ -169,7 +169,9 @@ func (m *Model) change(key string, value []byte, now time.Time) {
 	}
 	switch k.Kind {
 	case "meta":
-		m.meta = decode[keyspace.Meta](value)
+		if m.meta = decode[keyspace.Meta](value); m.meta != nil && m.meta.Validate() != nil {
+			m.meta = nil
+		}
 	case "stops":
 		if delete(m.stop, k.Name); value != nil {
 			m.stop[k.Name] = true

@@ -11,6 +11,7 @@
 //	blocks         which blocks to look at first
 //	suspects       leases that were not on the runtime's list, see package leak
 //	contact, asked time stamps: last contact with etcd, last question of STATUS
+//	answer         what was wrong when STATUS asked last; absent: nothing
 //
 // # Guarantees
 //
@@ -42,6 +43,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/containernetworking/cni/pkg/types"
 	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
 
@@ -445,6 +447,27 @@ func (d *Dir) Suspects() []leak.Observation {
 // SaveSuspects keeps observations for the next time.
 func (d *Dir) SaveSuspects(o []leak.Observation) error {
 	return d.replace("suspects", keyspace.Encode(o))
+}
+
+// SaveAnswer keeps what STATUS found wrong, nil for nothing, until it asks again.
+func (d *Dir) SaveAnswer(e *types.Error) error {
+	if e != nil {
+		return d.replace("answer", keyspace.Encode(e))
+	}
+	if err := os.Remove(d.file("answer")); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("state directory: %w", err)
+	}
+	return nil
+}
+
+// Answer is what SaveAnswer kept; nil also where that cannot be read.
+func (d *Dir) Answer() *types.Error {
+	e := new(types.Error)
+	b, err := os.ReadFile(d.file("answer"))
+	if err != nil || keyspace.Decode(b, e) != nil || e.Code == 0 {
+		return nil
+	}
+	return e
 }
 
 // Touch sets a time stamp ("contact" or "asked") to now.

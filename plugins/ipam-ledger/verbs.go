@@ -182,42 +182,69 @@ func status(args *skel.CmdArgs) error {
 	}
 	// Jittered, so that the nodes of a cluster do not ask in step.
 	every := statusEvery - rand.N(statusEvery/4)
-	if ago, ok := p.Dir.Since("asked"); !ok || ago < 0 || ago > every {
-		if err := p.Dir.Touch("asked"); err != nil {
-			return p.fail("STATUS", "node "+n.Node, fmt.Errorf("%w: %w", allocator.ErrState, err))
-		}
-		err := p.Probe(context.Background())
-		switch {
-		case err == nil:
-			p.contacted()
-		case errors.Is(err, allocator.ErrUnavailable), errors.Is(err, allocator.ErrUnknownOutcome), errors.Is(err, context.DeadlineExceeded):
-			p.Log.Warn("STATUS", "err", err)
-		default:
-			return p.fail("STATUS", "node "+n.Node, err)
-		}
-		if ago, ok := p.Dir.Since("contact"); err != nil && (!ok || ago > n.StatusGrace) {
-			return unreachable(n, ago, ok, err)
-		}
+	asked, ok := p.Dir.Since("asked")
+	if ok && asked >= 0 && asked <= every {
+		return p.answered(n, asked)
+	}
+	if err := p.Dir.Touch("asked"); err != nil {
+		return p.fail("STATUS", "node "+n.Node, fmt.Errorf("%w: %w", allocator.ErrState, err))
+	}
+	err = p.Probe(context.Background())
+	var answer *types.Error
+	switch {
+	case err == nil:
+		p.contacted()
+	case errors.Is(err, allocator.ErrUnavailable), errors.Is(err, allocator.ErrUnknownOutcome), errors.Is(err, context.DeadlineExceeded):
+		p.Log.Warn("STATUS", "err", err)
+		answer = unreachable(err)
+	default:
+		errors.As(p.fail("STATUS", "node "+n.Node, err), &answer)
+	}
+	if err := p.Dir.SaveAnswer(answer); err != nil {
+		p.Log.Warn("STATUS's answer was not kept for the next", "err", err)
+	}
+	return p.judge(n, answer)
+}
+
+// answered is what is known since etcd was asked last, asked ago: what it answered
+// then, unless another verb has had contact with it since.
+func (p *plugin) answered(n *config.Network, asked time.Duration) error {
+	if contact, ok := p.Dir.Since("contact"); ok && contact >= 0 && contact < asked {
 		return nil
 	}
-	if ago, ok := p.Dir.Since("contact"); !ok || ago > n.StatusGrace+statusEvery {
-		return unreachable(n, ago, ok, nil)
+	return p.judge(n, p.Dir.Answer())
+}
+
+// judge is STATUS's answer: that etcd does not answer counts once it has lasted
+// for the grace. Nothing may be known because whoever asked died meanwhile.
+func (p *plugin) judge(n *config.Network, answer *types.Error) error {
+	contact, ever := p.Dir.Since("contact")
+	silent := !ever || contact > n.StatusGrace
+	switch {
+	case answer == nil && (!ever || contact > n.StatusGrace+statusEvery):
+		answer = unreachable(nil)
+	case answer == nil, answer.Code == pluginNotAvailable && !silent:
+		return nil
+	case answer.Code != pluginNotAvailable:
+		return answer
 	}
-	return nil
+	since := "since this node started"
+	if ever {
+		since = "for " + contact.Round(time.Second).String()
+	}
+	answer.Details = fmt.Sprintf("node %s has had no contact with etcd (%s) %s; run 'ledger doctor' on it%s",
+		n.Node, strings.Join(n.Endpoints, ", "), since, answer.Details)
+	return answer
 }
 
 // pluginNotAvailable is STATUS's code 50 of the specification.
 const pluginNotAvailable = 50
 
-func unreachable(n *config.Network, ago time.Duration, ever bool, cause error) error {
-	since := "since this node started"
-	if ever {
-		since = "for " + ago.Round(time.Second).String()
-	}
-	details := fmt.Sprintf("node %s has had no contact with etcd (%s) %s; run 'ledger doctor' on it", n.Node, strings.Join(n.Endpoints, ", "), since)
-	msg := "etcd cannot be reached"
+// unreachable is the answer that etcd did not answer; judge completes it.
+func unreachable(cause error) *types.Error {
+	msg, details := "etcd cannot be reached", ""
 	if cause != nil {
-		details += ": " + strings.ReplaceAll(cause.Error(), "\n", "; ")
+		details = ": " + strings.ReplaceAll(cause.Error(), "\n", "; ")
 	}
 	if tls := (*etcdstore.TLSError)(nil); errors.As(cause, &tls) {
 		msg += ": " + tls.Msg

@@ -24,6 +24,7 @@ import (
 
 	"github.com/ipam-ledger/ipam-ledger/internal/etcdmember"
 	"github.com/ipam-ledger/ipam-ledger/internal/etcdtest"
+	"github.com/ipam-ledger/ipam-ledger/pkg/audit/entry"
 	"github.com/ipam-ledger/ipam-ledger/pkg/statedir"
 )
 
@@ -125,7 +126,11 @@ func TestStatus(t *testing.T) {
 	n.age("contact", 61*time.Second)
 	n.forget("asked")
 	n.call("STATUS", "", w).fast().refused(codeUnreachable, "n1", c.etcd.Endpoint(), "ledger doctor", "1m1s")
-	// Not asked again so soon, and still known.
+	// Not asked again so soon, and still known: a node that is not ready is not
+	// ready a moment later without reason.
+	for range 3 {
+		n.call("STATUS", "", w).fast().refused(codeUnreachable, c.etcd.Endpoint(), "refused")
+	}
 	n.age("contact", 95*time.Second)
 	n.call("STATUS", "", w).fast().refused(codeUnreachable, c.etcd.Endpoint())
 	fresh := c.node("n2")
@@ -136,6 +141,26 @@ func TestStatus(t *testing.T) {
 	n.call("STATUS", "", w).ok()
 	fresh.forget("asked")
 	fresh.call("STATUS", "", w).ok()
+	// The same for what is wrong with this node; an ADD that works ends it.
+	client := c.etcd.Client(t)
+	key := keys.Writer(entry.Writer{Kind: entry.KindNode, Name: "n1"})
+	was, err := client.Get(t.Context(), key)
+	if err != nil || len(was.Kvs) != 1 {
+		t.Fatal(err)
+	}
+	if _, err := client.Put(t.Context(), key, strings.Replace(string(was.Kvs[0].Value), `"seq":`, `"seq":1`, 1)); err != nil {
+		t.Fatal(err)
+	}
+	n.forget("asked")
+	for range 3 {
+		n.call("STATUS", "", w).fast().refused(codeIntegrity, "ledger node replace n1")
+	}
+	if _, err := client.Put(t.Context(), key, string(was.Kvs[0].Value)); err != nil {
+		t.Fatal(err)
+	}
+	n.call("STATUS", "", w).refused(codeIntegrity)
+	n.call("ADD", "c2", w).ok()
+	n.call("STATUS", "", w).ok()
 	// A clock that was set back makes neither stamp last for ever.
 	n.age("asked", -time.Hour)
 	n.age("contact", -time.Hour)
