@@ -262,7 +262,7 @@ func (a *app) observe(ctx context.Context, g *collection, w *allocator.Writer, s
 			return nil, err
 		}
 	}
-	tried, failed := 0, 0
+	tried, failed, code := 0, 0, exitUnknown
 	for _, s := range found.Suspects {
 		line := suspectLine{Attachment: s.ID, Leases: s.Value.Leases, Pod: s.Value.Pod, PodUID: s.Value.PodUID, Since: s.Since.UTC(), State: "waiting"}
 		switch {
@@ -280,6 +280,9 @@ func (a *app) observe(ctx context.Context, g *collection, w *allocator.Writer, s
 			case err != nil:
 				line.State, line.Error = "failed", err.Error()
 				failed++
+				if c, _, _ := judge(err); c == exitWrong {
+					code = exitWrong // refused, and not only out of reach
+				}
 			case freed:
 				line.State = "freed"
 				out.Freed++
@@ -292,7 +295,7 @@ func (a *app) observe(ctx context.Context, g *collection, w *allocator.Writer, s
 		out.Suspects = append(out.Suspects, line)
 	}
 	if failed > 0 {
-		return out, refuse("nothing is lost: the next run tries again", "%s could not be freed", count(failed, "lease"))
+		return out, &failure{err: fmt.Errorf("%s could not be freed", count(failed, "lease")), hint: "nothing is lost: the next run tries again", code: code}
 	}
 	return out, ctx.Err()
 }

@@ -417,6 +417,9 @@ func (m *Model) overview(wide, room int) []string {
 	out := m.poolTable(pools, wide, want+1, cursor)
 	out = append(out, "")
 	left := room - len(out)
+	if left < 1 {
+		return out
+	}
 	nodes := m.nodes()
 	slices.SortStableFunc(nodes, func(a, b *node) int { return cmp.Compare(share(b), share(a)) }) // the fullest first
 	if wide >= 140 {
@@ -454,6 +457,9 @@ func share(n *node) float64 {
 
 // newest are the last entries, newest at the bottom.
 func (m *Model) newest(wide, room int) []string {
+	if room < 1 {
+		return nil
+	}
 	list := m.lines()
 	return m.logTable(list[max(0, len(list)-max(0, room-1)):], wide, room, -1)
 }

@@ -210,25 +210,64 @@ func (s *session) startAnew(v *view) error {
 	if s.Config.Writer.Kind != entry.KindNode {
 		return s.newMark(v, skey, entry.Ref{}, false)
 	}
-	// Pods that outlived the identity may hold what a restore has freed since:
-	// a recovery has to assert it first.
-	held, err := s.Dir.Holdings()
-	if err := s.holdAgain(); err != nil {
-		return err
-	}
-	return s.newMark(v, skey, entry.Ref{}, err != nil || len(held) > 0)
-}
-
-// holdAgain notes what etcd says this node holds, and its state directory does
-// not know: it may have been lost under pods that run, which a recovery would
-// release. Those of pods that are gone are for the runtime's GC. A crash leaves
-// some; the next process does all of it again.
-func (s *session) holdAgain() error {
-	prefix := s.Keys.NodeAttachments(s.Config.Writer.Name)
-	r, err := s.Store.Read(s.ctx, false, []Get{{Key: prefix, End: keyspace.After(prefix)}})
+	recovering, err := s.holdAgain()
 	if err != nil {
 		return err
 	}
+	return s.newMark(v, skey, entry.Ref{}, recovering)
+}
+
+// holdAgain notes what etcd says this node holds and its state directory does not
+// know: it may have been lost under pods that run, which a recovery would release.
+// Those of pods that are gone are for GC to find. Where the two disagree about an
+// address, what the node remembers stands.
+//
+// It reports whether a recovery has to come first: pods that outlived the identity
+// may hold what a restore has freed since. A crash leaves some holdings; the next
+// process does all of it again.
+func (s *session) holdAgain() (recovering bool, err error) {
+	live, unread, err := s.nodeAttachments()
+	if err != nil {
+		return false, err
+	}
+	for _, err := range unread {
+		s.Log.Warn("an attachment that cannot be read is not held again", "err", err)
+	}
+	type address struct {
+		space string
+		ip    netip.Addr
+	}
+	taken := map[address]bool{}
+	held, herr := s.Dir.Holdings()
+	recovering = herr != nil
+	for _, h := range held {
+		if a, ok := live[h.ID]; !ok || a.Acquire != h.Value.Acquire {
+			recovering = true
+		}
+		for _, ip := range addrsOf(h.Value.Leases) {
+			taken[address{h.Value.Space, ip}] = true
+		}
+	}
+	for _, id := range sortedIDs(live) {
+		a := live[id]
+		if id == s.leaving || s.Dir.IsQueued(id) || slices.ContainsFunc(addrsOf(a.Leases), func(ip netip.Addr) bool { return taken[address{a.Space, ip}] }) {
+			continue
+		}
+		if err := s.Dir.Hold(statedir.Holding{ID: id, Value: a}); err != nil {
+			return false, fmt.Errorf("%w: %w", ErrState, err)
+		}
+	}
+	return recovering, nil
+}
+
+// nodeAttachments reads what etcd says this node holds, and what of it cannot be read.
+func (s *session) nodeAttachments() (live map[keyspace.AttachmentID]keyspace.Attachment, unread []error, err error) {
+	prefix := s.Keys.NodeAttachments(s.Config.Writer.Name)
+	r, err := s.Store.Read(s.ctx, false, []Get{{Key: prefix, End: keyspace.After(prefix)}})
+	if err != nil {
+		return nil, nil, err
+	}
+	live = map[keyspace.AttachmentID]keyspace.Attachment{}
 	for _, kv := range r.Ranges[0].KVs {
 		key, err := s.Keys.Parse(kv.Key)
 		var a keyspace.Attachment
@@ -236,17 +275,12 @@ func (s *session) holdAgain() error {
 			err = decodeAttachment(kv.Value, &a)
 		}
 		if err != nil {
-			s.Log.Warn("an attachment that cannot be read is not held again", "key", kv.Key, "err", err)
+			unread = append(unread, fmt.Errorf("%w: %s: %w", ErrIntegrity, kv.Key, err))
 			continue
 		}
-		if s.Dir.IsQueued(key.Attachment) || s.Dir.Holding(key.Attachment) != nil {
-			continue
-		}
-		if err := s.Dir.Hold(statedir.Holding{ID: key.Attachment, Value: a}); err != nil {
-			return fmt.Errorf("%w: %w", ErrState, err)
-		}
+		live[key.Attachment] = a
 	}
-	return nil
+	return live, unread, nil
 }
 
 // open is the first entry of our chain.

@@ -335,6 +335,7 @@ func (s *session) letGo(id keyspace.AttachmentID, reason string) error {
 	if err := s.Dir.Unhold(id); err != nil {
 		return fmt.Errorf("%w: %w", ErrState, err)
 	}
+	s.leaving = id
 	if err := s.release(id, entry.Ref{}, guess, reason); err != nil {
 		return err
 	}
@@ -593,6 +594,7 @@ func (w *Writer) Reap(ctx context.Context, id keyspace.AttachmentID, acquire ent
 				return fmt.Errorf("%w: %w", ErrState, err)
 			}
 		}
+		s.leaving = id
 		return s.release(id, acquire, nil, reason)
 	})
 	if errors.Is(err, ErrNotFound) {

@@ -120,8 +120,15 @@ func (w *Writer) Recover(ctx context.Context, runs func(keyspace.AttachmentID) b
 		for _, h := range hh {
 			held[h.ID] = h.Value
 		}
-		if live, err = s.liveAttachments(); err != nil || runs == nil {
+		if _, err := s.look(false); err != nil {
 			return err
+		}
+		var unread []error
+		if live, unread, err = s.nodeAttachments(); err != nil || len(unread) > 0 {
+			return errors.Join(append(unread, err)...)
+		}
+		if runs == nil {
+			return nil
 		}
 		for id := range held {
 			if runs(id) {
@@ -250,28 +257,6 @@ func (w *Writer) enterEpoch(ctx context.Context, out *Recovery) error {
 			return err
 		})
 	})
-}
-
-// liveAttachments reads what etcd says this node holds.
-func (s *session) liveAttachments() (map[keyspace.AttachmentID]keyspace.Attachment, error) {
-	prefix := s.Keys.NodeAttachments(s.Config.Writer.Name)
-	v, err := s.look(false, Get{Key: prefix, End: keyspace.After(prefix)})
-	if err != nil {
-		return nil, err
-	}
-	out := map[keyspace.AttachmentID]keyspace.Attachment{}
-	for _, kv := range v.extra[0].KVs {
-		key, err := s.Keys.Parse(kv.Key)
-		if err != nil {
-			return nil, fmt.Errorf("%w: %w", ErrIntegrity, err)
-		}
-		var a keyspace.Attachment
-		if err := keyspace.Decode(kv.Value, &a); err != nil {
-			return nil, fmt.Errorf("%w: %s: %w", ErrIntegrity, kv.Key, err)
-		}
-		out[key.Attachment] = a
-	}
-	return out, nil
 }
 
 func sortedIDs(m map[keyspace.AttachmentID]keyspace.Attachment) []keyspace.AttachmentID {

@@ -84,6 +84,8 @@ type session struct {
 	// 'node replace', which a view shows, helps.
 	broken error
 
+	leaving keyspace.AttachmentID // whose lease is being ended: it is not held again
+
 	unsettled bool // settle is not done: a look must not say that it is
 
 	// restored exempts from the mark of before a restore; drill from frozen and

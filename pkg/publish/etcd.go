@@ -113,7 +113,7 @@ func (e *Etcd) dial(ctx context.Context) (*clientv3.Client, error) {
 	})
 }
 
-// probe is whether any endpoint answers, with or without a leader, and if not,
+// probe is whether any endpoint answers and has a leader, and if none does,
 // why: the client that goes on by itself would only say that time is up where
 // etcd refuses a certificate, which it does after the handshake.
 func (e *Etcd) probe(ctx context.Context) error {

@@ -224,11 +224,13 @@ func TestLedgerState(t *testing.T) {
 	if s := filled(m, noon); s.Ledger != "" || s.Epoch != 0 {
 		t.Errorf("%+v", s)
 	}
-	put(m, noon, keys.Meta(), keyspace.Meta{Epoch: 3, State: keyspace.Running})
+	meta := keyspace.Meta{Version: keyspace.FormatVersion, Cluster: "c", EtcdCluster: "00000000000000aa", Epoch: 3, State: keyspace.Running}
+	put(m, noon, keys.Meta(), meta)
 	if s := filled(m, noon); s.Ledger != state.LedgerRunning || s.Epoch != 3 {
 		t.Errorf("%+v", s)
 	}
-	put(m, noon, keys.Meta(), keyspace.Meta{Epoch: 3, State: keyspace.Frozen})
+	meta.State = keyspace.Frozen
+	put(m, noon, keys.Meta(), meta)
 	if s := filled(m, noon); s.Ledger != state.LedgerFrozen {
 		t.Errorf("%+v", s)
 	}

@@ -160,6 +160,7 @@ func gc(args *skel.CmdArgs) error {
 // How STATUS asks etcd: seldom, as runtimes ask it all the time, and briefly.
 const (
 	statusEvery   = 30 * time.Second
+	statusAgain   = 5 * time.Second // after a question that was not answered well
 	statusTimeout = 2 * time.Second
 )
 
@@ -180,11 +181,8 @@ func status(args *skel.CmdArgs) error {
 	if err := p.Identity(); err != nil {
 		return p.fail("STATUS", "node "+n.Node, err)
 	}
-	// Jittered, so that the nodes of a cluster do not ask in step.
-	every := statusEvery - rand.N(statusEvery/4)
-	asked, ok := p.Dir.Since("asked")
-	if ok && asked >= 0 && asked <= every {
-		return p.answered(n, asked)
+	if err, known := p.known(n); known {
+		return err
 	}
 	if err := p.Dir.Touch("asked"); err != nil {
 		return p.fail("STATUS", "node "+n.Node, fmt.Errorf("%w: %w", allocator.ErrState, err))
@@ -206,23 +204,27 @@ func status(args *skel.CmdArgs) error {
 	return p.judge(n, answer)
 }
 
-// answered is what is known since etcd was asked last, asked ago: what it answered
-// then, unless another verb has had contact with it since.
-func (p *plugin) answered(n *config.Network, asked time.Duration) error {
-	if contact, ok := p.Dir.Since("contact"); ok && contact >= 0 && contact < asked {
-		return nil
+// known is STATUS's answer where etcd need not be asked: it was a short while ago.
+// Who was refused asks again sooner, and who knows nothing at once.
+func (p *plugin) known(n *config.Network) (err error, known bool) {
+	asked, ok := p.Dir.Since("asked")
+	if !ok || asked < 0 {
+		return nil, false
 	}
-	return p.judge(n, p.Dir.Answer())
+	// Jittered, so that the nodes of a cluster do not ask in step.
+	if contact, ok := p.Dir.Since("contact"); ok && contact >= 0 && contact < min(asked, n.StatusGrace) {
+		return nil, asked <= statusEvery-rand.N(statusEvery/4) // also another verb's since
+	}
+	answer := p.Dir.Answer()
+	return p.judge(n, answer), answer != nil && asked <= statusAgain
 }
 
-// judge is STATUS's answer: that etcd does not answer counts once it has lasted
-// for the grace. Nothing may be known because whoever asked died meanwhile.
+// judge makes STATUS's answer of what was found: that etcd does not answer counts
+// once it has lasted for the grace.
 func (p *plugin) judge(n *config.Network, answer *types.Error) error {
 	contact, ever := p.Dir.Since("contact")
 	silent := !ever || contact > n.StatusGrace
 	switch {
-	case answer == nil && (!ever || contact > n.StatusGrace+statusEvery):
-		answer = unreachable(nil)
 	case answer == nil, answer.Code == pluginNotAvailable && !silent:
 		return nil
 	case answer.Code != pluginNotAvailable:
@@ -242,10 +244,7 @@ const pluginNotAvailable = 50
 
 // unreachable is the answer that etcd did not answer; judge completes it.
 func unreachable(cause error) *types.Error {
-	msg, details := "etcd cannot be reached", ""
-	if cause != nil {
-		details = ": " + strings.ReplaceAll(cause.Error(), "\n", "; ")
-	}
+	msg, details := "etcd cannot be reached", ": "+strings.ReplaceAll(cause.Error(), "\n", "; ")
 	if tls := (*etcdstore.TLSError)(nil); errors.As(cause, &tls) {
 		msg += ": " + tls.Msg
 	}
