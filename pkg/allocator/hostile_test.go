@@ -298,20 +298,19 @@ func garbage(good []byte) map[string]string {
 // is given twice, no pod's lease is ended but the one that was harmed, a DEL
 // waits in the queue where it cannot be done, and 'ledger verify' says it.
 func TestHostileValues(t *testing.T) {
-	places := newScene(t).places()
-	for place := range places {
+	base := newScene(t)
+	for place, key := range base.places() {
 		t.Run(place, func(t *testing.T) {
-			for name, bad := range garbage(newScene(t).value(places[place])) {
+			for name, bad := range garbage(base.value(key)) {
 				t.Run(name, func(t *testing.T) {
-					s := newScene(t)
-					s.harmed = s.places()[place]
+					s := base.clone(t)
+					s.harmed = key
 					s.write(s.harmed, bad)
 					if place != "stop" && s.verify(t).ExitCode() != audit.ExitFindings {
 						t.Errorf("verify finds nothing wrong with %s", s.harmed)
 					}
 					s.verbs(t)
 					s.verify(t)
-					// What was harmed is put right, as from a backup, and nothing stays behind.
 				})
 			}
 		})
@@ -463,9 +462,10 @@ var lies = []lie{
 
 // TestHostileLies: values that can be read and are not so.
 func TestHostileLies(t *testing.T) {
+	base := newScene(t)
 	for _, l := range lies {
 		t.Run(l.name, func(t *testing.T) {
-			s := newScene(t)
+			s := base.clone(t)
 			l.do(s)
 			r := s.verify(t)
 			for _, c := range l.codes {
@@ -491,6 +491,7 @@ func TestHostileLies(t *testing.T) {
 // are no reason to refuse anything. Only what is below stops/ stops.
 func TestHostileKeys(t *testing.T) {
 	p := testKeys.Prefix()
+	base := newScene(t)
 	for _, key := range []string{
 		"\xff", "zzz", "metal", "meta/", "meta\x00", "stops", "stopsx", "pools/", "pools/prod/", "pools/prod\x00", "pools/\xff",
 		"addresses/default/4/010.022.000.003x", "addresses/default/4/010.022.000.003/", "addresses/default/4/010.022.000.003\x00",
@@ -505,7 +506,7 @@ func TestHostileKeys(t *testing.T) {
 		"chains/node/n0/", "chains/node/n0/zzz", "chains/zzz/n0/00000000000000000000000000000000/0000000000000001", "unknown/" + strings.Repeat("x/", 5000),
 	} {
 		t.Run(fmt.Sprintf("%.60q", key), func(t *testing.T) {
-			s := newScene(t)
+			s := base.clone(t)
 			s.harmed = p + key
 			s.write(s.harmed, string(s.value(c1Key)))
 			if r := s.verify(t); r.ByCode[audit.UnknownKey] != 1 || r.FindingCount != 1 {
