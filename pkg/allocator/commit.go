@@ -372,3 +372,12 @@ func (s *session) putAddresses(space, pool string, ips []netip.Addr, id keyspace
 	}
 	return out
 }
+
+// putBlocks are the writes that claim blocks for a node.
+func (s *session) putBlocks(claims []keyspace.BlockID, node string, ref entry.Ref) []Write {
+	var out []Write
+	for _, b := range claims {
+		out = append(out, Write{Key: s.Keys.Block(b), Value: keyspace.Encode(keyspace.Block{Node: node, Claim: ref})})
+	}
+	return out
+}

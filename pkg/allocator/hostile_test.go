@@ -579,6 +579,9 @@ func (s *scene) clone(t testing.TB) *scene {
 	for _, m := range append([]*machine{s.admin}, s.world.nodes...) {
 		n := *m
 		n.w, n.dir = &w, filepath.Join(w.root, m.who.Name)
+		if err := os.Chmod(filepath.Join(n.dir, "key"), 0o600); err != nil { // CopyFS keeps no modes
+			t.Fatal(err)
+		}
 		n.reconnect()
 		if m == s.admin {
 			w.admin = &n
@@ -618,6 +621,9 @@ func FuzzStore(f *testing.F) {
 	f.Add("attachments/n0/net/c\xff/eth0", scene.value(c1Key))
 	f.Fuzz(func(t *testing.T, key string, value []byte) {
 		s := scene.clone(t)
+		if err := s.acquire(t, s.a, "before", s.inline); err != nil {
+			t.Fatal(err)
+		}
 		s.harmed = testKeys.Prefix() + key
 		s.write(s.harmed, string(value))
 		if s.isForged(s.harmed, value) {

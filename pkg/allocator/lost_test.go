@@ -3,6 +3,8 @@ package allocator
 import (
 	"context"
 	"errors"
+	"fmt"
+	"net/netip"
 	"os"
 	"slices"
 	"testing"
@@ -96,5 +98,53 @@ func TestRenamed(t *testing.T) {
 	}
 	if _, ok := w.store.now().keys[testKeys.Attachment(n.attachment("a"))]; ok {
 		t.Error("the release under another name was lost")
+	}
+}
+
+// TestClaimLost: a block that was claimed after the backup is its node's again
+// when the drill is done, and no other node claims it over its pods.
+func TestClaimLost(t *testing.T) {
+	w := newWorld(t, 2)
+	defer w.store.check(t)
+	w.init(t)
+	p, err := NewPool("default", "net", rangeSets("10.22.0.0/24"), nil, true, 16, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, b, ctx := w.nodes[0], w.nodes[1], context.Background()
+	if _, err := b.add(p, "b0"); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []string{"a0", "a1"} {
+		got, err := a.add(p, c)
+		wantAddrs(t, got, err, map[string]string{"a0": "10.22.0.16", "a1": "10.22.0.17"}[c])
+	}
+	w.store.restore(2, true)
+	for _, n := range w.nodes {
+		n.reconnect()
+	}
+	w.admin.reconnect()
+	run := func(n *machine, f func(*Writer) error) {
+		t.Helper()
+		if err := n.run(f); err != nil {
+			t.Fatal(err)
+		}
+	}
+	run(w.admin, func(x *Writer) error { _, err := x.RecoverStart(ctx, 0, "a drill"); return err })
+	for _, n := range w.nodes {
+		run(n, func(x *Writer) error { _, err := x.Recover(ctx, nil, "a drill"); return err })
+	}
+	run(w.admin, func(x *Writer) error {
+		_, err := x.Thaw(ctx, []string{a.who.Name, b.who.Name}, nil, "done")
+		return err
+	})
+	for i := range 20 {
+		got, err := b.add(p, fmt.Sprint("later", i))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if netip.MustParsePrefix("10.22.0.16/28").Contains(got[0]) {
+			t.Fatalf("%v is in the block of another node's pods", got)
+		}
 	}
 }

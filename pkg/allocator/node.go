@@ -172,10 +172,7 @@ func (s *session) tryAcquire(req *Request, q question, serializable bool) (*keys
 		value.Acquire = refs[0]
 		writes := s.putAddresses(q.pool.Space, q.pool.Name, addrsOf(value.Leases), req.ID, refs[0])
 		writes = append(writes, Write{Key: attachment, Value: keyspace.Encode(value)})
-		for _, b := range claims {
-			writes = append(writes, Write{Key: s.Keys.Block(b), Value: keyspace.Encode(keyspace.Block{Node: req.ID.Node, Claim: refs[0]})})
-		}
-		return writes
+		return append(writes, s.putBlocks(claims, req.ID.Node, refs[0])...)
 	}
 	if _, err := s.commit(v, change); err != nil {
 		return nil, err

@@ -261,6 +261,15 @@ func (w *Writer) Import(ctx context.Context, id keyspace.AttachmentID, a keyspac
 func (s *session) assert(id keyspace.AttachmentID, a keyspace.Attachment, reason string) error {
 	attachment := s.Keys.Attachment(id)
 	gets := append([]Get{{Key: attachment}}, s.addressGets(a.Space, a.Leases)...)
+	// A restore takes claims back, too. Those that are remembered are made again
+	// with the first lease in them, before another node takes the block.
+	var blocks []keyspace.BlockID
+	for _, p := range s.Dir.Blocks(a.Space, a.Pool) {
+		if slices.ContainsFunc(addrsOf(a.Leases), p.Contains) {
+			blocks = append(blocks, keyspace.BlockID{Space: a.Space, Pool: a.Pool, Prefix: p})
+			gets = append(gets, Get{Key: s.Keys.Block(blocks[len(blocks)-1])})
+		}
+	}
 	v, err := s.look(false, gets...)
 	if err != nil {
 		return err
@@ -299,12 +308,21 @@ func (s *session) assert(id keyspace.AttachmentID, a keyspace.Attachment, reason
 		compare = append(compare, c)
 		e.Addresses = append(e.Addresses, entry.Address{IP: ip, After: after})
 	}
+	var claims []keyspace.BlockID
+	for i, b := range blocks {
+		if len(v.extra[1+len(a.Leases)+i].KVs) == 0 {
+			claims = append(claims, b)
+			compare = append(compare, Compare{Key: s.Keys.Block(b)})
+			e.Blocks = append(e.Blocks, b.Prefix)
+		}
+	}
 	_, err = s.commit(v, change{
 		entries: []*entry.Entry{e},
 		compare: compare,
 		writes: func(refs []entry.Ref) []Write {
 			a.Acquire = refs[0]
-			return append(s.putAddresses(a.Space, a.Pool, addrsOf(a.Leases), id, refs[0]), Write{Key: attachment, Value: keyspace.Encode(a)})
+			writes := append(s.putAddresses(a.Space, a.Pool, addrsOf(a.Leases), id, refs[0]), Write{Key: attachment, Value: keyspace.Encode(a)})
+			return append(writes, s.putBlocks(claims, id.Node, refs[0])...)
 		},
 	})
 	if err != nil {
