@@ -431,7 +431,7 @@ func (m *model) clone() {
 	if _, err := os.Stat(filepath.Join(n.dir, "mark")); err != nil || m.restored {
 		return
 	}
-	other := &machine{w: m.w, who: n.who, dir: filepath.Join(m.w.root, "clone-of-"+n.who.Name), id: n.id + "-clone", boot: n.boot}
+	other := &machine{w: m.w, who: n.who, dir: filepath.Join(m.w.root, "clone-of-"+n.who.Name), id: n.id + "-clone", boot: n.boot + 1000}
 	other.reconnect()
 	m.w.step = nil
 	if err := os.RemoveAll(other.dir); err != nil {
@@ -448,8 +448,12 @@ func (m *model) clone() {
 	if value := m.writerOf(n); value != nil && !value.Closed.IsZero() {
 		return // whoever comes first takes the place
 	}
+	before := m.w.store.now().revision
 	if _, err := other.add(m.pools[0], m.container()); !errors.Is(err, ErrIntegrity) {
 		m.t.Fatalf("a cloned state directory was answered %v", err)
+	}
+	if after := m.w.store.now().revision; after != before {
+		m.t.Fatalf("a cloned state directory wrote to etcd: revision %d, then %d", before, after)
 	}
 }
 

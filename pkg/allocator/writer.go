@@ -130,11 +130,33 @@ func (w *Writer) withSession(ctx context.Context, s *session, f func(s *session)
 		return err
 	}
 	if unclean && !s.init {
+		// Who is not the writer must not touch its key, not even to fence.
+		if err := s.mayFence(); err != nil {
+			return err
+		}
 		if err := s.settle(); err != nil {
 			return err
 		}
 	}
 	return f(s)
+}
+
+// mayFence refuses a writer whose identity is broken, unless an operator's
+// 'node replace' lets it start anew.
+func (s *session) mayFence() error {
+	if s.broken == nil {
+		return nil
+	}
+	key := s.Keys.Writer(s.Config.Writer)
+	r, err := s.Store.Read(s.ctx, false, []Get{{Key: key}})
+	if err != nil {
+		return errors.Join(s.broken, err)
+	}
+	var w keyspace.Writer
+	if kvs := r.Ranges[0].KVs; len(kvs) == 0 || keyspace.Decode(kvs[0].Value, &w) != nil || w.Closed.IsZero() {
+		return s.broken
+	}
+	return nil
 }
 
 // unclean reports whether something may have been sent whose outcome nobody
