@@ -107,6 +107,7 @@ func (s *session) commit(v *view, c change) ([]entry.Ref, error) {
 		return nil, err
 	case err != nil:
 		s.Log.Warn("a commit's reply was lost", "err", err)
+		s.lost = true
 		if ferr := s.settle(); ferr != nil {
 			return nil, ferr
 		}

@@ -412,23 +412,23 @@ var lies = []lie{
 	}, codes: []audit.Code{audit.AllocNoEntry}},
 	{name: "a writer of another chain", do: func(s *scene) {
 		s.edit(testKeys.Writer(s.a.who), `"chain":"`, `"chain":"00000000000000000000000000000000","chain":"`)
-	}},
+	}, codes: []audit.Code{audit.Malformed}},
 	{name: "a writer with the head of another", do: func(s *scene) {
 		s.harmed = testKeys.Writer(s.a.who)
 		s.write(s.harmed, string(s.value(testKeys.Writer(s.b.who))))
 	}, err: ErrIntegrity, fails: addNew, codes: []audit.Code{audit.Missing}},
-	{name: "a writer of an enormous seq", do: func(s *scene) { s.edit(testKeys.Writer(s.a.who), `"seq":`, `"seq":18446744073709551615,"seq":1`) }, err: ErrIntegrity, fails: addNew},
+	{name: "a writer of an enormous seq", do: func(s *scene) { s.edit(testKeys.Writer(s.a.who), `"seq":`, `"seq":18446744073709551615,"seq":1`) }, err: ErrIntegrity, fails: addNew, codes: []audit.Code{audit.Malformed, audit.Missing}},
 	{name: "a writer with a megabyte of hints", do: func(s *scene) {
 		s.edit(testKeys.Writer(s.a.who), `"blocks":[`, `"blocks":["`+strings.Repeat("x", 1<<20)+`",`)
-	}},
+	}, codes: []audit.Code{audit.Malformed}},
 	{name: "an entry beyond the head", do: func(s *scene) {
 		s.harmed = s.places()["next entry"]
 		s.write(s.harmed, string(s.value(s.places()["head entry"])))
 	}, err: ErrIntegrity, fails: addNew, codes: []audit.Code{audit.HeadRollback}},
-	{name: "meta of no cluster", do: func(s *scene) { s.edit(testKeys.Meta(), `"cluster":"`, `"cluster":"","cluster":"`) }},
+	{name: "meta of no cluster", do: func(s *scene) { s.edit(testKeys.Meta(), `"cluster":"`, `"cluster":"","cluster":"`) }, codes: []audit.Code{audit.Malformed}},
 	{name: "meta of an unknown state", do: func(s *scene) { s.edit(testKeys.Meta(), `"state":"running"`, `"state":"sleeping"`) }, err: ErrIntegrity, fails: addNew, codes: []audit.Code{audit.StateDiffers}},
 	{name: "meta of epoch 0", do: func(s *scene) { s.edit(testKeys.Meta(), `"epoch":1`, `"epoch":0`) }, err: ErrIntegrity, fails: addNew, codes: []audit.Code{audit.StateDiffers}},
-	{name: "meta of version 0", do: func(s *scene) { s.edit(testKeys.Meta(), `"version":1`, `"version":0`) }, err: ErrIntegrity, fails: addNew},
+	{name: "meta of version 0", do: func(s *scene) { s.edit(testKeys.Meta(), `"version":1`, `"version":0`) }, err: ErrIntegrity, fails: addNew, codes: []audit.Code{audit.Malformed}},
 	{name: "meta of a newer version", do: func(s *scene) { s.edit(testKeys.Meta(), `"version":1`, `"version":2`) }, err: ErrIntegrity, fails: addNew},
 	{name: "a pool without ranges", do: spec(`{}`), err: ErrNoPool, fails: addNamed},
 	{name: "a pool of an empty range set", do: spec(`{"ranges":[[]]}`), err: ErrNoPool, fails: addNamed},

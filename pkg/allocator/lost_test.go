@@ -148,3 +148,39 @@ func TestClaimLost(t *testing.T) {
 		}
 	}
 }
+
+// TestReplyLost: wherever etcd goes away after a commit whose reply was lost, an
+// ADD that fails leaves no lease without somebody who will end it. What was
+// answered before stays.
+func TestReplyLost(t *testing.T) {
+	leased := 0
+	for reads := range 12 {
+		w := newWorld(t, 1)
+		w.init(t)
+		p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+		if _, err := n.add(p, "a"); err != nil {
+			t.Fatal(err)
+		}
+		for _, c := range []string{"b", "a"} {
+			n.reconnect()
+			n.conn.next, n.conn.deafAfter = loseApplied, reads+1
+			_, err := n.add(p, c)
+			id := n.attachment(c)
+			_, there := w.store.now().keys[testKeys.Attachment(id)]
+			dir := n.writer().Dir
+			pending, _ := dir.Pending()
+			switch queued := dir.IsQueued(id); {
+			case c == "a" && (queued || !there):
+				t.Errorf("%d reads, then nothing: the lease of a pod that runs is ended (%v)", reads+1, err)
+			case c == "b" && err != nil && there && !queued && !pending:
+				t.Errorf("%d reads, then nothing: ADD failed (%v), its lease is there, and no release waits", reads+1, err)
+			case c == "b" && err != nil && there:
+				leased++
+			}
+		}
+		w.store.check(t)
+	}
+	if leased == 0 {
+		t.Error("no ADD failed after its commit: this tests nothing")
+	}
+}

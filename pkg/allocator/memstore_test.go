@@ -163,13 +163,14 @@ type killed struct{}
 
 // memConn is one process's connection to a memStore.
 type memConn struct {
-	m       *memStore
-	lag     int                // serializable reads see the state so many revisions ago
-	next    fault              // of the next commit
-	between func()             // runs once before the next commit arrives
-	reads   int                // counted
-	commits int                // counted
-	drop    func(Compare) bool // comparisons to leave out, to see that a test notices
+	m         *memStore
+	lag       int                // serializable reads see the state so many revisions ago
+	next      fault              // of the next commit
+	between   func()             // runs once before the next commit arrives
+	reads     int                // counted
+	deafAfter int                // reads that are answered; 0: all
+	commits   int                // counted
+	drop      func(Compare) bool // comparisons to leave out, to see that a test notices
 }
 
 var errDeaf = fmt.Errorf("%w: deaf", ErrUnavailable)
@@ -180,7 +181,7 @@ func (c *memConn) Read(ctx context.Context, serializable bool, gets []Get) (*Rep
 	if err := ctx.Err(); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
-	if c.next == deafReads {
+	if c.next == deafReads || c.deafAfter > 0 && c.reads >= c.deafAfter {
 		return nil, errDeaf
 	}
 	c.reads++

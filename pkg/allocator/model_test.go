@@ -148,10 +148,7 @@ func (m *model) addAgain() {
 		return
 	}
 	n := m.machineOf(id)
-	// Only without faults: an ADD that fails says that the pod is gone.
-	n.reconnect()
-	m.w.step = nil
-	n.conn.lag = rapid.IntRange(0, 5).Draw(m.t, "lag")
+	m.draw(n) // also one that fails leaves the pod what it has
 	m.noteAdd(n, id.Container, func() ([]netip.Addr, error) { return n.add(m.pools[0], id.Container) })
 }
 

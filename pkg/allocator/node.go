@@ -39,7 +39,9 @@ const drainLimit = 8
 // is safe.
 func (w *Writer) Acquire(ctx context.Context, req Request) (*keyspace.Attachment, error) {
 	var out *keyspace.Attachment
+	lost := false
 	err := w.with(ctx, func(s *session) error {
+		defer func() { lost = s.lost }()
 		if err := s.drain(req.ID); err != nil {
 			return err
 		}
@@ -48,16 +50,20 @@ func (w *Writer) Acquire(ctx context.Context, req Request) (*keyspace.Attachment
 		return err
 	})
 	if err != nil {
-		return nil, w.orQueue(req.ID, err)
+		return nil, w.orQueue(req.ID, lost, err)
 	}
 	return out, nil
 }
 
 // orQueue queues the release of an attachment whose acquire may have happened
-// though the caller is told that it did not.
-func (w *Writer) orQueue(id keyspace.AttachmentID, err error) error {
+// though the caller is told that it did not. lost says that a reply was lost on
+// the way. What was answered before stays: its runtime knows of it, and will DEL.
+func (w *Writer) orQueue(id keyspace.AttachmentID, lost bool, err error) error {
 	pending, perr := w.Dir.Pending()
-	if !errors.Is(err, ErrUnknownOutcome) && !errors.Is(err, errCommitted) && !pending && perr == nil {
+	if !errors.Is(err, ErrUnknownOutcome) && !errors.Is(err, errCommitted) && !lost && !pending && perr == nil {
+		return err
+	}
+	if w.Dir.Holding(id) != nil {
 		return err
 	}
 	if qerr := w.Dir.Enqueue(statedir.Queued{Attachment: id, Time: w.Now().UTC(), Reason: "add failed"}); qerr != nil {

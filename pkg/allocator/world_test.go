@@ -90,7 +90,7 @@ func (m *machine) writer() *Writer {
 
 // timeout is long, as nothing but a deaf etcd is waited for.
 func (m *machine) timeout() time.Duration {
-	if m.conn.next == deafReads {
+	if m.conn.next == deafReads || m.conn.deafAfter > 0 {
 		return 20 * time.Millisecond
 	}
 	return 20 * time.Second

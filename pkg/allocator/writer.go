@@ -86,6 +86,7 @@ type session struct {
 
 	leaving keyspace.AttachmentID // whose lease is being ended: it is not held again
 
+	lost      bool // a commit's reply was lost; what became of it was found out
 	unsettled bool // settle is not done: a look must not say that it is
 
 	// restored exempts from the mark of before a restore; drill from frozen and

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"hash/maphash"
 	"math"
@@ -226,7 +227,7 @@ func (d *diff) meta(it *item) error {
 	if err := keyspace.Decode(it.val, &m); err != nil {
 		return err
 	}
-	if err := asWritten(it.val, m); err != nil {
+	if err := errors.Join(m.Validate(), asWritten(it.val, m)); err != nil {
 		d.judge(d.finding(Malformed, it, "%v", err))
 	}
 	if r.snap.EtcdCluster != m.EtcdCluster {
@@ -245,6 +246,9 @@ func (d *diff) meta(it *item) error {
 	s.judge(d, it, "meta is not what its last entry says")
 	return nil
 }
+
+// maxHint is how long a writer's hint which block is its may be.
+const maxHint = 2*entry.MaxName + 64
 
 // asWritten says whether a value is what this program writes, to the byte. No hash
 // covers writers and meta, and their keys are written again and again: the
@@ -507,7 +511,13 @@ func (d *diff) writer(it *item, k *keyspace.Key) error {
 	if err := keyspace.Decode(it.val, &v); err != nil {
 		return err
 	}
-	if err := asWritten(it.val, v); err != nil {
+	err := asWritten(it.val, v)
+	for _, b := range v.Blocks {
+		if len(b) > maxHint || strings.Count(b, "/") != 3 {
+			err = fmt.Errorf("blocks has %.80q: want SPACE/POOL/PREFIX", b)
+		}
+	}
+	if err != nil {
 		d.judge(d.finding(Malformed, it, "%v", err))
 	}
 	name := k.Writer.String()
