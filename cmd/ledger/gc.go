@@ -51,6 +51,11 @@ func (r *runtimeList) read(ctx context.Context, a *app) (leak.Containers, string
 	if err != nil {
 		return nil, "", fmt.Errorf("--containers %s: %w", r.containers, err)
 	}
+	// The list may come from a pipe whose other end failed.
+	if len(ids) == 0 {
+		return nil, "", refuse("where nothing runs, let --cri say so",
+			"--containers %s lists no sandbox: all that this node holds would be released", r.containers)
+	}
 	return ids, "the list given", nil
 }
 
@@ -153,7 +158,7 @@ On a terminal it only shows what it would do, unless --yes is given.`,
 	}
 	g.runtime.flags(c)
 	c.Flags().StringArrayVar(&g.pods, "pods", nil, "read all pods of the cluster from `FILE` (- is standard input)")
-	c.Flags().DurationVar(&g.grace, "grace", 5*time.Minute, "how `long` a lease must have been off the list")
+	c.Flags().DurationVar(&g.grace, "grace", 5*time.Minute, "for how long a lease must have been off the list: a `duration`")
 	c.Flags().IntVar(&g.most, "max", 100, "free at most `N` in this run")
 	c.Flags().BoolVar(&g.wait, "wait", false, "observe, wait for the grace period, observe again, and free (with --cri)")
 	c.Flags().BoolVar(&g.dry, "dry-run", false, "show what would be done; free nothing and write nothing down")

@@ -289,11 +289,6 @@ func (a *app) recoverNode(ctx context.Context, runtime *runtimeList, reason stri
 		if err != nil {
 			return err
 		}
-		// The list may come from a pipe whose other end failed.
-		if len(ids) == 0 && runtime.containers != "" {
-			return refuse("where nothing runs, let --cri say so",
-				"--containers %s lists no sandbox: all that this node holds would be released", runtime.containers)
-		}
 		runs = func(id keyspace.AttachmentID) bool { return ids[id.Container] }
 	}
 	w, done, err := a.node(true)
