@@ -11,6 +11,8 @@ VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unk
 PREFIX   ?= /usr/local
 CNI_BIN  ?= /opt/cni/bin
 FUZZTIME ?= 30s
+# How long make campaign takes; SEED=N repeats what was drawn.
+CAMPAIGN ?= 10m
 # What make test tests.
 PKGS     ?= ./...
 # Packages whose tests also run with the race detector in make check.
@@ -27,7 +29,7 @@ PROGRAMS := ./plugins/ipam-ledger ./cmd/ledger ./cmd/ledger-lab
 # The CNI reference plugin that the demo's network configuration names first.
 BRIDGE   := github.com/containernetworking/plugins/plugins/main/bridge
 
-.PHONY: build demo demo-desktop test check bench bench-desktop fuzz install clean help need-go
+.PHONY: build demo demo-desktop test e2e-full campaign check bench bench-desktop fuzz install clean help need-go
 
 build: need-go ## the programs, and what the demo needs, into bin/ (the default)
 	@mkdir -p bin
@@ -58,6 +60,16 @@ test: need-go ## all tests; as root with real network namespaces
 	else \
 	  set -x; $(GO) test -timeout 12m $(PKGS); \
 	fi
+
+e2e-full: need-go ## the end-to-end tests in their larger sizes
+	@hack/install-test-deps.sh
+	IPAM_LEDGER_FULL=1 $(GO) test -v -timeout 60m ./test/e2e/...
+
+# The program takes the place of make's shell, so that an interrupt reaches it.
+campaign: need-go ## random faults over 20 nodes for CAMPAIGN (10m); SEED=N repeats the draws
+	@mkdir -p bin
+	$(BUILD) -o bin/campaign ./test/campaign
+	exec bin/campaign -for $(CAMPAIGN) $(if $(SEED),-seed $(SEED))
 
 check: need-go $(GOFUMPT) $(STATICCHECK) ## format, vet, static analysis, arm64, race detector
 	@unformatted="$$($(GOFUMPT) -l $$(git ls-files -co --exclude-standard '*.go'))"; \
@@ -97,7 +109,7 @@ clean: ## remove bin/
 	rm -rf bin
 
 help: ## this
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | while IFS= read -r line; do \
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | while IFS= read -r line; do \
 	  printf '  make %-13s %s\n' "$${line%%:*}" "$${line##*## }"; \
 	done
 

@@ -41,7 +41,7 @@ const (
 // Never is the Return of an operation that was not seen to end.
 const Never = time.Duration(math.MaxInt64)
 
-// Operation is one operation. Of one client none overlaps another.
+// Operation is one operation; Client is who saw it, for people.
 type Operation struct {
 	Kind         Kind
 	Address      int   // from 0; not of Exhausted
