@@ -472,7 +472,8 @@ func Decode(b []byte, v any) error {
 	d := json.NewDecoder(bytes.NewReader(b))
 	d.DisallowUnknownFields()
 	if err := d.Decode(v); err != nil {
-		return fmt.Errorf("value %.60q: %w", b, err)
+		// The error of a field may quote all of it, which may be a megabyte.
+		return fmt.Errorf("value %.60q: %.300s", b, err.Error())
 	}
 	if _, err := d.Token(); err != io.EOF {
 		return fmt.Errorf("value %.60q: something follows the JSON", b)
