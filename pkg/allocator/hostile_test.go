@@ -538,6 +538,29 @@ func TestHostileChainKeys(t *testing.T) {
 	}
 }
 
+// TestHostileQueue: a release that cannot be done keeps no other one waiting.
+func TestHostileQueue(t *testing.T) {
+	s := newScene(t)
+	s.harmed = c1Key
+	s.write(s.harmed, "{}")
+	if err := s.release(t, s.a, "c1"); err != nil {
+		t.Fatal(err)
+	}
+	dir, err := statedir.Open(s.a.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := dir.Enqueue(statedir.Queued{Attachment: s.a.attachment("c2"), Time: s.clock.Add(time.Second), Reason: "etcd was away"}); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.do(t, s.a, "queue flush", func(ctx context.Context, w *Writer) error { _, err := w.Drain(ctx); return err }); err != nil {
+		t.Error(err)
+	}
+	if dir.IsQueued(s.a.attachment("c2")) || !dir.IsQueued(s.a.attachment("c1")) {
+		t.Error("c2 waits behind c1, whose attachment cannot be read")
+	}
+}
+
 // TestHostilePage: a stray key at the end of a page of addresses is no reason to
 // give up, and what comes after it is not taken for free.
 func TestHostilePage(t *testing.T) {

@@ -266,14 +266,14 @@ func (s *session) leased(id keyspace.AttachmentID, a *keyspace.Attachment, answe
 		key := s.Keys.Address(a.Space, l.Address.Addr())
 		var v keyspace.Address
 		if len(answers[i].KVs) == 0 {
-			return nil, fmt.Errorf("%w: %s is absent, and attachment %v holds it; run 'ledger verify'", ErrIntegrity, key, id)
+			return nil, fmt.Errorf("%w: %s is absent, and attachment %v holds it; run 'ledger verify'", errSpoilt, key, id)
 		}
 		kv := answers[i].KVs[0]
 		if err := decodeAddress(kv.Value, &v); err != nil {
-			return nil, fmt.Errorf("%w: %s: %w; run 'ledger verify'", ErrIntegrity, key, err)
+			return nil, fmt.Errorf("%w: %s: %w; run 'ledger verify'", errSpoilt, key, err)
 		}
 		if v.State != keyspace.Leased || *v.Holder != id || v.Acquire != a.Acquire {
-			return nil, fmt.Errorf("%w: %s names another lease than attachment %v; run 'ledger verify'", ErrIntegrity, key, id)
+			return nil, fmt.Errorf("%w: %s names another lease than attachment %v; run 'ledger verify'", errSpoilt, key, id)
 		}
 		compare = append(compare, Compare{Key: key, Mod: kv.Mod})
 	}
@@ -399,7 +399,7 @@ func (s *session) tryRelease(id keyspace.AttachmentID, only entry.Ref, guess *ke
 	kv := v.extra[0].KVs[0]
 	var a keyspace.Attachment
 	if err := decodeAttachment(kv.Value, &a); err != nil {
-		return nil, fmt.Errorf("%w: %s: %w; run 'ledger verify'", ErrIntegrity, kv.Key, err)
+		return nil, fmt.Errorf("%w: %s: %w; run 'ledger verify'", errSpoilt, kv.Key, err)
 	}
 	if !only.IsZero() && a.Acquire != only {
 		return nil, fmt.Errorf("lease %s of %v: %w: it is lease %s now", only, id, ErrNotFound, a.Acquire)
@@ -459,19 +459,26 @@ func (s *session) drainSome(but keyspace.AttachmentID) (left int) {
 	if err != nil {
 		s.Log.Warn("the queue of releases cannot be read in full", "err", err)
 	}
+	settled := 0
 	for i, q := range queue {
 		if q.Attachment == but {
 			continue
 		}
-		if i >= drainLimit {
-			return len(queue) - i
+		if settled >= drainLimit {
+			return left + len(queue) - i
 		}
-		if err := s.letGo(q.Attachment, queuedReason(q)); err != nil {
-			s.Log.Warn("a queued release waits on", "attachment", q.Attachment.String(), "err", err)
-			return len(queue) - i
+		err := s.letGo(q.Attachment, queuedReason(q))
+		if err == nil {
+			settled++
+			continue
 		}
+		s.Log.Warn("a queued release waits on", "attachment", q.Attachment.String(), "err", err)
+		if !errors.Is(err, errSpoilt) {
+			return left + len(queue) - i
+		}
+		left++ // what stands in etcd for this one keeps nobody else waiting
 	}
-	return 0
+	return left
 }
 
 func queuedReason(q statedir.Queued) string {

@@ -32,6 +32,10 @@ var errRollback = errors.New("etcd has gone back in time")
 // errDrill marks that a recovery is under way and this writer's turn has not come.
 var errDrill = fmt.Errorf("%w while a recovery is under way", ErrIntegrity)
 
+// errSpoilt marks that what stands in etcd for one attachment is not what an
+// acquire left there: others can be released all the same.
+var errSpoilt = fmt.Errorf("%w", ErrIntegrity)
+
 // tailPage is how many entries beyond the mark are read at a time.
 const tailPage = 64
 

@@ -169,7 +169,11 @@ func run(ctx context.Context, o options) (_ *report, err error) {
 	if err != nil && len(c.findings) == 0 && context.Cause(ctx) == nil {
 		c.finding("%v", err)
 	}
-	r := c.report(context.Cause(ctx) != nil && !errors.Is(context.Cause(ctx), errFinding))
+	cause := context.Cause(ctx)
+	if errors.Is(cause, errFinding) {
+		cause = nil
+	}
+	r := c.report(cause)
 	if keep = len(c.findings) > 0; keep {
 		r.kept = c.dir
 	}

@@ -93,7 +93,7 @@ func TestInterrupted(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !r.interrupted || len(r.findings) > 0 || r.took > 50*time.Second {
+	if r.interrupted == nil || len(r.findings) > 0 || r.took > 50*time.Second {
 		t.Errorf("interrupted: %v, after %v, findings: %v", r.interrupted, r.took, r.findings)
 	}
 	if len(out.pids) != 3 {

@@ -704,9 +704,6 @@ func (c *campaign) tryClone(ctx context.Context, own *rand.Rand) error {
 			_ = os.Remove(filepath.Join(state, "asked"))
 		}
 		r := c.call(other, verb, "clone", conf(file, ""), "", kill{}, own)
-		if r.code == codeTryAgain && c.excused(verb, m, r.code, r) {
-			continue // it asks etcd before it refuses, and etcd is in trouble
-		}
 		if ctx.Err() == nil && (r.code != codeIntegrity || !strings.Contains(r.said, "machine")) {
 			return fmt.Errorf("a clone was not refused with %d: %s %v", codeIntegrity, r.text(), r.ips)
 		}

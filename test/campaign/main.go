@@ -74,7 +74,7 @@ func main() {
 	switch {
 	case len(r.findings) > 0:
 		os.Exit(1)
-	case r.interrupted:
+	case r.interrupted != nil:
 		os.Exit(130)
 	}
 }

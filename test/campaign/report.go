@@ -235,7 +235,7 @@ func (c *campaign) reside(ctx context.Context, name string, res *resident, args 
 type report struct {
 	c           *campaign
 	took        time.Duration
-	interrupted bool
+	interrupted error // by what
 	findings    []string
 	kept        string
 
@@ -247,12 +247,12 @@ type report struct {
 	statePods              int
 }
 
-func (c *campaign) report(interrupted bool) *report {
+func (c *campaign) report(interrupted error) *report {
 	r := &report{c: c, took: c.now(), interrupted: interrupted}
 	c.mu.Lock()
 	r.findings = slices.Clone(c.findings)
 	c.mu.Unlock()
-	if len(r.findings) == 0 && !interrupted && c.client != nil {
+	if len(r.findings) == 0 && interrupted == nil {
 		if err := c.measure(r); err != nil {
 			fmt.Fprintf(c.log, "what the campaign leaves behind could not be measured: %v\n", err)
 		}
@@ -308,8 +308,8 @@ func (r *report) write(w io.Writer) {
 	switch {
 	case len(r.findings) > 0:
 		end = "A FINDING ENDED IT"
-	case r.interrupted:
-		end = "it was interrupted"
+	case r.interrupted != nil:
+		end = fmt.Sprintf("it was interrupted (%v)", r.interrupted)
 	}
 	fmt.Fprintf(w, "campaign of %s over %d nodes and %d etcd members, seed %d: %s\n\n", clock(r.took), c.nodes, c.cluster.Members(), c.seed, end)
 

@@ -273,6 +273,7 @@ type line struct {
 	raw  string
 	text string // what a reader sees of it
 	at   time.Time
+	by   *observer
 }
 
 // visible is what a line of the i3bar dialect shows. Other lines show themselves.
@@ -328,7 +329,7 @@ func (w *world) observeOn(desk *swaytest.Desktop, args ...string) *observer {
 				return
 			}
 			o.mu.Lock()
-			o.lines = append(o.lines, line{raw, visible(raw), time.Now()})
+			o.lines = append(o.lines, line{raw, visible(raw), time.Now(), o})
 			close(o.came)
 			o.came = make(chan struct{})
 			o.mu.Unlock()
@@ -408,10 +409,13 @@ func colours(pix []byte) map[color.RGBA]int {
 // the line (of the i3bar dialect), and keeps a screenshot.
 func (w *world) draws(l line, name string) {
 	w.t.Helper()
-	f, err := os.OpenFile(w.desk.Path("twin"), os.O_WRONLY|os.O_APPEND, 0)
-	w.must(err)
-	_, err = io.WriteString(f, ","+strings.TrimPrefix(l.raw, ","))
-	w.must(errors.Join(err, f.Close()))
+	show := func() {
+		f, err := os.OpenFile(w.desk.Path("twin"), os.O_WRONLY|os.O_APPEND, 0)
+		w.must(err)
+		_, err = io.WriteString(f, ","+strings.TrimPrefix(l.raw, ","))
+		w.must(errors.Join(err, f.Close()))
+	}
+	show()
 	w.until(func() error {
 		i, err := w.picture()
 		if err != nil {
@@ -423,6 +427,11 @@ func (w *world) draws(l line, name string) {
 			return fmt.Errorf("%s: the bar shows no text: it has %d colours", name, n)
 		}
 		if !bytes.Equal(bar, twin) {
+			// The bar has moved on where the block has something newer to say.
+			if newer, _ := l.by.last(); newer.raw != l.raw {
+				l = newer
+				show()
+			}
 			return fmt.Errorf("%s: the bar does not draw what %q looks like", name, l.text)
 		}
 		return nil
