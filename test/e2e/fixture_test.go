@@ -29,6 +29,7 @@ import (
 
 	"github.com/ipam-ledger/ipam-ledger/internal/etcdmember"
 	"github.com/ipam-ledger/ipam-ledger/internal/etcdtest"
+	"github.com/ipam-ledger/ipam-ledger/internal/programs"
 	"github.com/ipam-ledger/ipam-ledger/pkg/audit/entry"
 	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
 	"github.com/ipam-ledger/ipam-ledger/pkg/statedir"
@@ -38,23 +39,7 @@ import (
 var plugin, command string
 
 func TestMain(m *testing.M) {
-	dir, err := os.MkdirTemp("", "ipam-ledger-e2e-")
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
-	build := exec.Command("go", "build", "-o", dir, "../../plugins/ipam-ledger", "../../cmd/ledger")
-	build.Stdout, build.Stderr = os.Stderr, os.Stderr
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	code := 1
-	if err := build.Run(); err != nil {
-		fmt.Fprintln(os.Stderr, "building the programs:", err)
-	} else {
-		plugin, command = filepath.Join(dir, "ipam-ledger"), filepath.Join(dir, "ledger")
-		code = m.Run()
-	}
-	os.RemoveAll(dir)
-	os.Exit(code)
+	os.Exit(programs.Main(m, &plugin, &command))
 }
 
 var keys, _ = keyspace.New(keyspace.DefaultPrefix)

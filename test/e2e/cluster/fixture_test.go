@@ -32,6 +32,7 @@ import (
 	"github.com/ipam-ledger/ipam-ledger/internal/etcdcluster"
 	"github.com/ipam-ledger/ipam-ledger/internal/etcdcluster/clustertest"
 	"github.com/ipam-ledger/ipam-ledger/internal/etcdtest"
+	"github.com/ipam-ledger/ipam-ledger/internal/programs"
 	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
 )
 
@@ -61,23 +62,7 @@ func TestMain(m *testing.M) {
 			os.Exit(1)
 		}
 	}
-	dir, err := os.MkdirTemp("", "ipam-ledger-cluster-")
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
-	build := exec.Command("go", "build", "-o", dir, "../../../plugins/ipam-ledger", "../../../cmd/ledger")
-	build.Stdout, build.Stderr = os.Stderr, os.Stderr
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	code := 1
-	if err := build.Run(); err != nil {
-		fmt.Fprintln(os.Stderr, "building the programs:", err)
-	} else {
-		plugin, command = filepath.Join(dir, "ipam-ledger"), filepath.Join(dir, "ledger")
-		code = m.Run()
-	}
-	os.RemoveAll(dir)
-	os.Exit(code)
+	os.Exit(programs.Main(m, &plugin, &command))
 }
 
 var keys, _ = keyspace.New(keyspace.DefaultPrefix)
