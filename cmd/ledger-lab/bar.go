@@ -67,7 +67,7 @@ func barConfig(sway, status string) ([]byte, error) {
 
 // ask asks sway for the configuration of bars.
 func ask(sway string, payload []byte, reply any) error {
-	c, err := net.Dial("unix", sway)
+	c, err := swaytest.Dial(sway)
 	if err != nil {
 		return fmt.Errorf("asking sway for its bars: %w", err)
 	}
@@ -110,7 +110,7 @@ func relayBar(dir, sway, status string) (socket string, stop func() error, err e
 			if err != nil {
 				return // closed by stop
 			}
-			to, err := net.Dial("unix", sway)
+			to, err := swaytest.Dial(sway)
 			if err != nil {
 				bar.Close() // swaybar says that sway is gone
 				continue

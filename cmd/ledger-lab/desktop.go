@@ -14,7 +14,6 @@ import (
 	"io"
 	"maps"
 	"math/rand/v2"
-	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -118,7 +117,7 @@ func desktop(ctx context.Context, o desktopOptions) (err error) {
 	}
 	sway := os.Getenv("SWAYSOCK")
 	if sway != "" && !o.headless {
-		c, err := net.Dial("unix", sway)
+		c, err := swaytest.Dial(sway)
 		if err != nil {
 			return fmt.Errorf("SWAYSOCK is set, but nobody answers there: %w; --headless starts a Sway without a screen", err)
 		}

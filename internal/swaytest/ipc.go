@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"syscall"
 	"time"
 )
 
@@ -50,9 +51,22 @@ func ReadMessage(r io.Reader) (kind uint32, payload []byte, err error) {
 	return binary.NativeEndian.Uint32(head[10:]), payload, err
 }
 
+// Dial connects to a sway. Its queue of connections is three long, and one that is
+// full refuses at once (EAGAIN): then it is tried again.
+func Dial(socket string) (c net.Conn, err error) {
+	err = Until(func() (err error) {
+		c, err = net.Dial("unix", socket)
+		if err != nil && !errors.Is(err, syscall.EAGAIN) {
+			return fatal{err}
+		}
+		return err
+	})
+	return c, err
+}
+
 // Ask sends one message on a connection of its own and decodes the reply.
 func (d *Desktop) Ask(kind uint32, payload []byte, reply any) error {
-	c, err := net.Dial("unix", d.Socket())
+	c, err := Dial(d.Socket())
 	if err != nil {
 		return fmt.Errorf("sway IPC: %w", err)
 	}

@@ -3,13 +3,18 @@ package swaytest
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"image/color"
 	"image/png"
+	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // status is a status command that says how often, and how, it was clicked.
@@ -161,5 +166,48 @@ func TestCloseNamesOrphans(t *testing.T) {
 	patience = old
 	if err := Until(d.empty); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestDialBusy: a queue that is full is waited for, a socket that is not there is not.
+func TestDialBusy(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "sway.sock")
+	if _, err := Dial(path); err == nil {
+		t.Fatal("connected to nobody")
+	}
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := errors.Join(unix.Bind(fd, &unix.SockaddrUnix{Name: path}), unix.Listen(fd, 0)); err != nil {
+		t.Fatal(err)
+	}
+	busy := false
+	for range 8 { // fills the queue
+		c, err := net.Dial("unix", path)
+		if err == nil {
+			defer c.Close()
+		}
+		busy = busy || errors.Is(err, syscall.EAGAIN)
+	}
+	if !busy {
+		t.Fatal("the queue does not get full: this tests nothing")
+	}
+	connected := make(chan error, 1)
+	go func() {
+		c, err := Dial(path)
+		if err == nil {
+			c.Close()
+		}
+		connected <- err
+	}()
+	n, _, err := unix.Accept(fd) // lets one in
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(n)
+	if err := <-connected; err != nil {
+		t.Fatal(err)
 	}
 }

@@ -222,10 +222,12 @@ func Sockets() []string {
 	var alive []string
 	for _, s := range all {
 		conn, err := net.DialTimeout("unix", s.path, 250*time.Millisecond)
-		if err != nil {
+		switch {
+		case err == nil:
+			_ = conn.Close() // nothing was written
+		case !errors.Is(err, syscall.EAGAIN): // its queue is full: it is there, and busy
 			continue
 		}
-		_ = conn.Close() // nothing was written
 		alive = append(alive, s.path)
 	}
 	return alive
