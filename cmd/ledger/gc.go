@@ -43,11 +43,12 @@ func (r *runtimeList) read(ctx context.Context, a *app) (leak.Containers, string
 		name, ids, err := cri.Sandboxes(ctx, r.cri)
 		return ids, name, err
 	}
-	var ids leak.Containers
-	err := a.input(r.containers, func(in io.Reader) (err error) {
-		ids, err = readContainers(in)
-		return err
-	})
+	in, err := a.open(r.containers)
+	if err != nil {
+		return nil, "", fmt.Errorf("--containers %s: %w", r.containers, err)
+	}
+	defer in.Close()
+	ids, err := readContainers(in)
 	if err != nil {
 		return nil, "", fmt.Errorf("--containers %s: %w", r.containers, err)
 	}
@@ -80,17 +81,12 @@ func readContainers(in io.Reader) (leak.Containers, error) {
 
 func isHex(s string) bool { return strings.Trim(s, "0123456789abcdef") == "" }
 
-// input runs f on a file, or on standard input for "-".
-func (a *app) input(file string, f func(io.Reader) error) error {
+// open opens a file, or standard input for "-".
+func (a *app) open(file string) (io.ReadCloser, error) {
 	if file == "-" {
-		return f(a.in)
+		return io.NopCloser(a.in), nil
 	}
-	in, err := os.Open(file)
-	if err != nil {
-		return err
-	}
-	defer in.Close()
-	return f(in)
+	return os.Open(file)
 }
 
 // collection is one run of 'ledger gc'.
@@ -245,11 +241,9 @@ func (a *app) observe(ctx context.Context, g *collection, w *allocator.Writer, s
 		}
 		list, out.Listed, out.Source = ids, len(ids), name
 	} else {
-		pods := new(leak.Pods)
-		for _, file := range g.pods {
-			if err := a.input(file, pods.Add); err != nil {
-				return nil, fmt.Errorf("--pods %s: %w", file, err)
-			}
+		pods, err := a.readPods(g.pods)
+		if err != nil {
+			return nil, err
 		}
 		list, out.Listed, out.Source = pods, pods.Len(), "the list of pods"
 	}
@@ -303,6 +297,23 @@ func (a *app) observe(ctx context.Context, g *collection, w *allocator.Writer, s
 		return out, &failure{err: fmt.Errorf("%s could not be freed", count(failed, "lease")), hint: "nothing is lost: the next run tries again", code: code}
 	}
 	return out, ctx.Err()
+}
+
+// readPods reads the lists of one cluster or of several.
+func (a *app) readPods(files []string) (*leak.Pods, error) {
+	pods := new(leak.Pods)
+	for _, file := range files {
+		in, err := a.open(file)
+		if err != nil {
+			return nil, fmt.Errorf("--pods %s: %w", file, err)
+		}
+		err = pods.Add(in)
+		in.Close()
+		if err != nil {
+			return nil, fmt.Errorf("--pods %s: %w", file, err)
+		}
+	}
+	return pods, nil
 }
 
 // say is the reason on the record.

@@ -6,9 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net/netip"
-	"os"
 	"slices"
 	"strings"
 
@@ -170,15 +168,11 @@ may be handed out to others.`,
 
 // nodeList reads nodes' names, one a line, as kubectl prints them or bare.
 func (a *app) nodeList(file string) ([]string, error) {
-	var in io.Reader = a.in
-	if file != "-" {
-		f, err := os.Open(file)
-		if err != nil {
-			return nil, fmt.Errorf("--nodes: %w", err)
-		}
-		defer f.Close()
-		in = f
+	in, err := a.open(file)
+	if err != nil {
+		return nil, fmt.Errorf("--nodes: %w", err)
 	}
+	defer in.Close()
 	var out []string
 	s := bufio.NewScanner(in)
 	for n := 1; s.Scan(); n++ {
