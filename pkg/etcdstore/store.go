@@ -170,7 +170,7 @@ func (s *Store) connect(ctx context.Context, endpoint string) (*session, error) 
 		Username:  s.cfg.Username,
 		Password:  password,
 		Logger:    zap.NewNop(),
-		DialOptions: []grpc.DialOption{grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
+		DialOptions: []grpc.DialOption{grpc.WithChainUnaryInterceptor(sendOnce), grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
 			select {
 			case c := <-once:
 				return c, nil
