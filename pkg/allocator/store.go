@@ -69,8 +69,8 @@ type Store interface {
 	Read(ctx context.Context, serializable bool, gets []Get) (*Reply, error)
 
 	// Commit does the transaction on the connection of the last Read. An error
-	// that is not ErrNotApplied leaves the outcome unknown: the transaction
-	// may have been done, may be done later, or never.
+	// that is neither ErrNotApplied nor ErrDecided leaves the outcome unknown:
+	// the transaction may have been done, may be done later, or never.
 	Commit(ctx context.Context, txn Txn) (*Reply, error)
 }
 
@@ -79,12 +79,16 @@ var (
 	// ErrNotApplied marks an error of Commit after which the transaction has
 	// not been done and never will be.
 	ErrNotApplied = errors.New("not applied")
+	// ErrDecided marks an error of Commit after which the transaction has been
+	// done or never will be. A Read that is not serializable tells which; the
+	// connection is kept for it.
+	ErrDecided = errors.New("etcd does not say whether it was done")
 	// ErrReconnected marks an ErrNotApplied because the connection of the last
 	// Read is gone: take another view.
 	ErrReconnected = errors.New("connection replaced")
 	// ErrUnavailable marks that etcd could not be reached or does not answer.
 	ErrUnavailable = errors.New("etcd cannot be reached")
-	// ErrNoSpace marks an ErrNotApplied because etcd's alarm NOSPACE is raised.
+	// ErrNoSpace marks an ErrDecided because etcd is out of space.
 	ErrNoSpace = errors.New("etcd is out of space (alarm NOSPACE): compact, defragment, then 'etcdctl alarm disarm', or raise --quota-backend-bytes")
 )
 

@@ -18,12 +18,10 @@
 //
 // # Outcomes
 //
-// Commit reports ErrNotApplied only for answers that etcd gives before it
-// proposes a transaction or on refusing it whole (out of space, permission,
-// roles that changed meanwhile, invalid request, learner, no leader). Everything
-// else that is no answer (a lost connection, an expired deadline, a leader change)
-// leaves the outcome unknown. A commit whose leader is lost is not waited for
-// until the deadline: the answer to it would most likely never come.
+// What an answer means for a commit stands in one table, outcomes. An answer that
+// is not in it, a lost connection, an expired deadline and a lost leader leave the
+// outcome unknown. A commit whose leader is lost is not waited for until the
+// deadline: the answer to it would most likely never come.
 package etcdstore
 
 import (
@@ -432,13 +430,13 @@ func (s *Store) Commit(ctx context.Context, txn allocator.Txn) (*allocator.Reply
 		return reply(resp), nil
 	}
 	endpoint := s.session.endpoint
-	switch {
-	case errors.Is(err, rpctypes.ErrNoSpace):
-		return nil, fmt.Errorf("%w: %s: %w", allocator.ErrNotApplied, endpoint, allocator.ErrNoSpace)
-	case errors.Is(err, errLearner), stale(err), leaderless(err):
+	switch outcomeOf(err) {
+	case decided:
+		return nil, fmt.Errorf("%w: %s: %w", allocator.ErrDecided, endpoint, explain(err))
+	case notHere:
 		s.Close()
 		return nil, fmt.Errorf("%w: %s: %w: %w", allocator.ErrNotApplied, endpoint, allocator.ErrReconnected, err)
-	case refused(err):
+	case notApplied:
 		return nil, fmt.Errorf("%w: %s: %w", allocator.ErrNotApplied, endpoint, s.Explain(ctx, explain(err)))
 	}
 	why := s.session.why(err)
@@ -447,25 +445,6 @@ func (s *Store) Commit(ctx context.Context, txn allocator.Txn) (*allocator.Reply
 	}
 	s.Close() // whatever comes next must not meet this connection's leftovers
 	return nil, fmt.Errorf("%s: %w", endpoint, why)
-}
-
-// errLearner is a member that does not vote: it refuses transactions.
-var errLearner = rpctypes.Error(rpctypes.ErrGRPCNotSupportedForLearner)
-
-// refused reports whether etcd answered that it will not do a transaction.
-func refused(err error) bool {
-	if errors.Is(err, errLearner) || errors.Is(err, rpctypes.ErrTooManyRequests) {
-		return true
-	}
-	var e rpctypes.EtcdError
-	if !errors.As(err, &e) {
-		return false // not etcd's own words
-	}
-	switch e.Code() {
-	case codes.InvalidArgument, codes.PermissionDenied, codes.Unauthenticated:
-		return true
-	}
-	return false
 }
 
 // transient reports whether a read may succeed at another endpoint or again.
@@ -493,6 +472,8 @@ func explain(err error) error {
 	switch {
 	case errors.Is(err, context.DeadlineExceeded), code(err) == codes.DeadlineExceeded:
 		return fmt.Errorf("etcd accepted the connection and did not answer in time (no leader, or a slow disk?): %w", err)
+	case errors.Is(err, rpctypes.ErrNoSpace):
+		return allocator.ErrNoSpace
 	case leaderless(err):
 		return fmt.Errorf("etcd has no leader here: an election is under way, or this member is cut off, or a majority of the members is down: %w", err)
 	case errors.Is(err, rpctypes.ErrPermissionDenied):
