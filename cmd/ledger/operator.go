@@ -203,13 +203,14 @@ func (a *app) recover() *cobra.Command {
 		Short: "After etcd was restored from a backup",
 		Long: `After etcd was restored from a backup, or went back in time in another way:
 
-  1  ledger freeze --reason …            before or after the restore
+  1  ledger freeze --reason …            only before the restore, if etcd still answers
   2  restore etcd, with a new --initial-cluster-token
   3  ledger recover start --reason …     once
   4  ledger recover node                 on each node, as root
   5  ledger thaw --nodes FILE            with the list of all nodes
 
-Each step may be repeated. Pods keep their addresses.`,
+Each step may be repeated, the first until etcd is restored: afterwards it is
+refused, and 'ledger recover start' freezes. Pods keep their addresses.`,
 		RunE: a.group("start or node"), Args: cobra.ArbitraryArgs,
 	}
 	var epoch uint64
