@@ -238,7 +238,7 @@ func (a *app) ranges(im *imports) (rangeSets, error) {
 		if im.space == "" {
 			im.space = n.Space
 		}
-		im.hold = int64(n.Hold / time.Second)
+		im.hold = int64(n.Cooldown / time.Second)
 		if len(im.subnets) == 0 {
 			if len(n.RangeSets) == 0 {
 				return nil, usage("%s names pool %s and has no ranges: say the subnets with --subnet", im.conf, n.Pool)

@@ -68,7 +68,7 @@ const (
 const (
 	MinTimeout   = 100 * time.Millisecond
 	MaxTimeout   = 10 * time.Minute
-	MaxHold      = 24 * time.Hour
+	MaxCooldown  = 24 * time.Hour
 	MaxBlockSize = 1024 // addresses
 )
 
@@ -105,8 +105,8 @@ type Network struct {
 	RangeSets      [][]keyspace.Range
 	Exclude        *netipx.IPSet // never nil
 	StrictAffinity bool
-	BlockSize      int // addresses; 0: the default
-	Hold           time.Duration
+	BlockSize      int           // addresses; 0: the default
+	Cooldown       time.Duration // before a released address is handed out again
 
 	Requested []netip.Addr // from CNI_ARGS, args.cni.ips, runtimeConfig.ips; each once
 	Routes    []*types.Route

@@ -321,7 +321,7 @@ func (l *loader) rules(n *Network, _, ipam *object) error {
 		return err
 	}
 	if n.Named {
-		for _, key := range []string{"addressSpace", "exclude", "strictAffinity", "blockSize", "hold"} {
+		for _, key := range []string{"addressSpace", "exclude", "strictAffinity", "blockSize", "cooldown"} {
 			if ipam.get(key) == nil {
 				continue
 			}
@@ -345,9 +345,9 @@ func (l *loader) rules(n *Network, _, ipam *object) error {
 	if err := l.soft(err); err != nil {
 		return err
 	}
-	hold, err := ipam.text("hold")
-	if err == nil && hold != "" {
-		n.Hold, err = duration(ipam.at("hold"), hold, 0, MaxHold)
+	cooldown, err := ipam.text("cooldown")
+	if err == nil && cooldown != "" {
+		n.Cooldown, err = duration(ipam.at("cooldown"), cooldown, 0, MaxCooldown)
 	}
 	if err := l.soft(err); err != nil {
 		return err

@@ -286,7 +286,7 @@ func TestEveryKey(t *testing.T) {
 		"routes": [{"dst": "0.0.0.0/0"}, {"dst": "10.0.0.0/8", "gw": "10.22.0.9", "mtu": 1400, "advmss": 1360, "priority": 5, "table": 7, "scope": 0}],
 		"resolvConf": %q, "dataDir": "/run/leases",
 		"exclude": ["10.22.0.0/28", "10.22.1.7", "10.22.2.10-10.22.2.20", "::ffff:10.22.3.1 - 10.22.3.2"],
-		"addressSpace": "blue", "strictAffinity": true, "blockSize": 32, "hold": "90s",
+		"addressSpace": "blue", "strictAffinity": true, "blockSize": 32, "cooldown": "90s",
 		"etcd": {"endpoints": ["https://10.0.0.1:2379", "10.0.0.2:2379"],
 			"caFile": %q, "certFile": %q, "keyFile": %q, "username": "root", "passwordFile": %q},
 		"node": "Node-7", "stateDir": "/var/lib/x/", "prefix": "/x/", "clusterID": "c-1", "identity": "uid",
@@ -301,7 +301,7 @@ func TestEveryKey(t *testing.T) {
 	if !reflect.DeepEqual(n.Settings, want) {
 		t.Errorf("settings\n got %+v\nwant %+v", n.Settings, want)
 	}
-	if n.Space != "blue" || !n.StrictAffinity || n.BlockSize != 32 || n.Hold != 90*time.Second || n.Pool != "prod" || n.Named {
+	if n.Space != "blue" || !n.StrictAffinity || n.BlockSize != 32 || n.Cooldown != 90*time.Second || n.Pool != "prod" || n.Named {
 		t.Errorf("got %+v", n)
 	}
 	if got := fmt.Sprint(n.Exclude.Ranges()); got != "[10.22.0.0-10.22.0.15 10.22.1.7-10.22.1.7 10.22.2.10-10.22.2.20 10.22.3.1-10.22.3.2]" {
@@ -457,8 +457,8 @@ var wrong = []struct {
 	{"block size 2048", conf(`"subnet": "10.1.2.0/24", "blockSize": 2048`), "", 7, `ipam.blockSize is 2048: want a power of two from 1 to 1024`, false},
 	{"block size a text", conf(`"subnet": "10.1.2.0/24", "blockSize": "64"`), "", 7, `ipam.blockSize is a string: want a whole number`, false},
 	{"affinity", conf(`"subnet": "10.1.2.0/24", "strictAffinity": "yes"`), "", 7, `ipam.strictAffinity is a string: want true or false, without quotes`, false},
-	{"hold", conf(`"subnet": "10.1.2.0/24", "hold": "25h"`), "", 7, `ipam.hold is "25h": want a duration like "10s", from 0s to 24h`, false},
-	{"a rule of the pool's", conf(`"pool": "blue", "hold": "5s"`), "", 7, `ipam.hold is set, but pool "blue" has its own: remove it here`, false},
+	{"cooldown", conf(`"subnet": "10.1.2.0/24", "cooldown": "25h"`), "", 7, `ipam.cooldown is "25h": want a duration like "10s", from 0s to 24h`, false},
+	{"a rule of the pool's", conf(`"pool": "blue", "cooldown": "5s"`), "", 7, `ipam.cooldown is set, but pool "blue" has its own: remove it here`, false},
 	{"a space of the pool's", conf(`"pool": "blue", "addressSpace": "s"`), "", 7, `ipam.addressSpace is set, but pool "blue" has its own: remove it here`, false},
 	{"space", conf(`"subnet": "10.1.2.0/24", "addressSpace": "a b"`), "", 7, `ipam.addressSpace: address space "a b": only A-Z a-z 0-9 . _ @ - are allowed`, false},
 
@@ -755,7 +755,7 @@ func FuzzLoadNetwork(f *testing.F) {
 	f.Add("GC", []byte(conf(`"subnet": "10.1.2.0/24"`, `"cni.dev/valid-attachments": [{"containerID": "c", "ifname": "i"}]`)), "")
 	f.Add("CHECK", []byte(conf(`"subnet": "10.1.2.0/24"`, `"prevResult": {"cniVersion": "1.1.0", "ips": [{"address": "10.1.2.7/24"}]}`)), "")
 	f.Add("ADD", []byte(`{"cniVersion": "0.4.0", "name": "n", "prevResult": {"cniVersion": "0.4.0", "ips": [{"version": "4", "address": "10.1.2.7/24"}]}, "ipam": {"pool": "p"}}`), "")
-	f.Add("ADD", []byte(conf(`"ranges": [[{"subnet": "10.1.2.0/24"}], [{"subnet": "fd00::/64"}]], "exclude": ["10.1.2.7", "fd00::-fd00::ff"], "hold": "1h", "blockSize": 8`,
+	f.Add("ADD", []byte(conf(`"ranges": [[{"subnet": "10.1.2.0/24"}], [{"subnet": "fd00::/64"}]], "exclude": ["10.1.2.7", "fd00::-fd00::ff"], "cooldown": "1h", "blockSize": 8`,
 		`"runtimeConfig": {"ips": ["10.1.2.9/24"]}`, `"args": {"cni": {"ips": ["fd00::9"]}}`)), "IgnoreUnknown=1;IP=10.1.2.3;K8S_POD_NAME=p")
 	f.Fuzz(func(t *testing.T, verb string, stdin []byte, args string) {
 		n, err := LoadNetwork(verb, stdin, args)

@@ -33,7 +33,7 @@ var (
 	fileKeys = append([]string{"etcd"}, settingKeys...)
 	ipamKeys = append([]string{
 		"type", "ranges", "subnet", "rangeStart", "rangeEnd", "gateway", "routes", "resolvConf", "dataDir",
-		"exclude", "pool", "addressSpace", "strictAffinity", "blockSize", "hold", "configFile",
+		"exclude", "pool", "addressSpace", "strictAffinity", "blockSize", "cooldown", "configFile",
 	}, fileKeys...)
 
 	// What is said of keys that are known, but not where they stand.

@@ -48,7 +48,7 @@ func add(args *skel.CmdArgs) error {
 		req.PodUID = n.PodUID
 	}
 	if !n.Named {
-		req.Pool, err = allocator.NewPool(n.Space, n.Pool, n.RangeSets, n.Exclude, n.StrictAffinity, n.BlockSize, n.Hold)
+		req.Pool, err = allocator.NewPool(n.Space, n.Pool, n.RangeSets, n.Exclude, n.StrictAffinity, n.BlockSize, n.Cooldown)
 		if err != nil {
 			return types.NewError(types.ErrInvalidNetworkConfig, "ranges cannot be used", err.Error())
 		}

@@ -178,7 +178,7 @@ func TestHostileConfigurations(t *testing.T) {
 		{"a route of wrong numbers", ipam(`"subnet": "10.1.0.0/24", "routes": [{"dst":"0.0.0.0/0","mtu":1e99}]`), config, true},
 		{"a block size of 1e30", ipam(`"subnet": "10.1.0.0/24", "blockSize": 1e30`), config, true},
 		{"a block size of -64", ipam(`"subnet": "10.1.0.0/24", "blockSize": -64`), config, true},
-		{"a hold of many years", ipam(`"subnet": "10.1.0.0/24", "hold": "8760000000h"`), config, true},
+		{"a cooldown of many years", ipam(`"subnet": "10.1.0.0/24", "cooldown": "8760000000h"`), config, true},
 		{"an address space with a slash", ipam(`"subnet": "10.1.0.0/24", "addressSpace": "a/b"`), config, true},
 		{"a pool with a slash", ipam(`"pool": "a/b"`), config, true},
 		{"a pool with an escape", ipam(`"pool": "\u001b[2J"`), config, true},

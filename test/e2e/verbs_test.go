@@ -284,12 +284,12 @@ func TestRequested(t *testing.T) {
 	c.wantLeased("10.1.0.11", "10.1.0.12", "10.1.0.13", "10.1.0.14", "10.1.0.20", "10.1.0.23", "10.1.0.24", "10.1.0.25")
 }
 
-// TestHold: a released address is not handed out before its time, not even when
+// TestCooldown: a released address is not handed out before its time, not even when
 // it is asked for.
-func TestHold(t *testing.T) {
+func TestCooldown(t *testing.T) {
 	c := newCluster(t)
 	n := c.node("n1")
-	w := network{ipam: `"subnet": "10.1.0.0/29", "exclude": ["10.1.0.6"], "hold": "1h"`}
+	w := network{ipam: `"subnet": "10.1.0.0/29", "exclude": ["10.1.0.6"], "cooldown": "1h"`}
 	for i := range 4 {
 		n.call("ADD", fmt.Sprint("c", i), w).want(fmt.Sprintf("10.1.0.%d/29", i+2))
 	}
