@@ -11,7 +11,6 @@ import (
 	"unicode/utf8"
 
 	"github.com/ipam-ledger/ipam-ledger/pkg/audit/entry"
-	"github.com/ipam-ledger/ipam-ledger/pkg/config"
 	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
 )
 
@@ -74,9 +73,7 @@ func FuzzImportConf(f *testing.F) {
 		if err := os.WriteFile(file, b, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		a := newApp()
-		a.loaded = &config.Settings{Endpoints: []string{"http://127.0.0.1:2379"}}
-		if n, err := a.network(file, "net"); err == nil && (n.Name == "" || n.Named == (len(n.RangeSets) > 0)) {
+		if n, err := network(file, "net"); err == nil && (n.Name == "" || n.Named == (len(n.RangeSets) > 0)) {
 			t.Fatalf("%+v", n)
 		}
 	})

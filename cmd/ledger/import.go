@@ -94,7 +94,7 @@ func (a *app) runImport(ctx context.Context, im *imports, reason string) error {
 	if s.Node == "" {
 		return usage("this host's name cannot be a node's: name the node with --node")
 	}
-	sets, err := a.ranges(im)
+	sets, err := ranges(im)
 	if err != nil {
 		return err
 	}
@@ -221,9 +221,9 @@ func (s rangeSets) of(ip netip.Addr) (int, *keyspace.Range) {
 }
 
 // ranges come from --conf or --subnet.
-func (a *app) ranges(im *imports) (rangeSets, error) {
+func ranges(im *imports) (rangeSets, error) {
 	if im.conf != "" {
-		n, err := a.network(im.conf, im.network)
+		n, err := network(im.conf, im.network)
 		if err != nil {
 			return nil, err
 		}
@@ -264,49 +264,54 @@ func (a *app) ranges(im *imports) (rangeSets, error) {
 	return sets, nil
 }
 
-// network reads the ranges of a CNI configuration, of a list or of one plugin.
-// Its ipam may be host-local's still.
-func (a *app) network(file, name string) (*config.Network, error) {
+// ipams returns the plugins of a CNI configuration, of a list or of one plugin,
+// that have an ipam; each with the network's name and version.
+func ipams(doc []byte) (list []map[string]any, err error) {
+	var top map[string]any
+	if err := json.Unmarshal(doc, &top); err != nil {
+		return nil, err
+	}
+	plugins, isList := top["plugins"].([]any)
+	if !isList {
+		plugins = []any{top}
+	}
+	for _, p := range plugins {
+		if m, ok := p.(map[string]any); ok && m["ipam"] != nil {
+			m["name"], m["cniVersion"] = top["name"], top["cniVersion"]
+			list = append(list, m)
+		}
+	}
+	return list, nil
+}
+
+// network reads the ranges of a CNI configuration. Its ipam may be host-local's
+// still.
+func network(file, name string) (*config.Network, error) {
 	b, err := os.ReadFile(file)
 	if err != nil {
 		return nil, fmt.Errorf("--conf: %w", err)
 	}
-	var top map[string]any
-	if err := json.Unmarshal(b, &top); err != nil {
+	list, err := ipams(b)
+	switch {
+	case err != nil:
 		return nil, usage("--conf %s is not JSON: %w", file, err)
+	case len(list) == 0:
+		return nil, usage("--conf %s: no plugin in it has an ipam", file)
+	case len(list) > 1:
+		return nil, usage("--conf %s: more than one plugin has an ipam; say the subnets with --subnet", file)
 	}
-	conf := top
-	if plugins, ok := top["plugins"].([]any); ok {
-		conf = nil
-		for _, p := range plugins {
-			if m, ok := p.(map[string]any); ok && m["ipam"] != nil {
-				if conf != nil {
-					return nil, usage("--conf %s: more than one plugin has an ipam; say the subnets with --subnet", file)
-				}
-				conf = m
-			}
-		}
-		if conf == nil {
-			return nil, usage("--conf %s: no plugin in it has an ipam", file)
-		}
-		conf["name"], conf["cniVersion"] = top["name"], top["cniVersion"]
-	}
-	ipam, ok := conf["ipam"].(map[string]any)
-	if !ok {
-		return nil, usage("--conf %s has no ipam", file)
-	}
+	conf := list[0]
 	if conf["name"] == nil {
 		conf["name"] = name
 	}
-	if ipam["etcd"] == nil { // host-local's, or in the configuration file
-		ipam["etcd"] = map[string]any{"endpoints": a.loaded.Endpoints}
+	if ipam, ok := conf["ipam"].(map[string]any); ok {
+		delete(ipam, "resolvConf") // of no matter here, and perhaps another machine's
 	}
-	delete(ipam, "resolvConf") // of no matter here, and perhaps another machine's
 	delete(conf, "prevResult")
 	if b, err = json.Marshal(conf); err != nil {
 		return nil, err
 	}
-	n, err := config.LoadNetwork("ADD", b, "")
+	n, err := config.LoadRanges(b)
 	if err != nil {
 		var e *types.Error
 		if errors.As(err, &e) {

@@ -127,6 +127,7 @@ type loader struct {
 	lenient  bool
 	del      bool
 	command  bool
+	ranges   bool     // no settings are wanted
 	exposed  bool     // a file that others can use was let through
 	sets     []string // where each range set was written
 	warnings []string
@@ -182,7 +183,16 @@ var (
 // LoadNetwork reads the network configuration that a runtime gave to the plugin
 // for verb (ADD, DEL, …) on standard input, and the runtime's CNI_ARGS.
 func LoadNetwork(verb string, stdin []byte, cniArgs string) (*Network, error) {
-	l := &loader{lenient: verb != "ADD", del: verb == "DEL"}
+	return load(&loader{lenient: verb != "ADD", del: verb == "DEL"}, verb, stdin, cniArgs)
+}
+
+// LoadRanges reads a network configuration for what it hands out: its etcd and
+// all other Settings are not looked at, and left zero.
+func LoadRanges(doc []byte) (*Network, error) {
+	return load(&loader{ranges: true}, "ADD", doc, "")
+}
+
+func load(l *loader, verb string, stdin []byte, cniArgs string) (*Network, error) {
 	top, err := parse("network configuration", "", stdin)
 	if err != nil {
 		return nil, err
@@ -208,8 +218,10 @@ func LoadNetwork(verb string, stdin []byte, cniArgs string) (*Network, error) {
 		return nil, err
 	}
 
-	if n.Settings, err = l.pluginSettings(ipam); err != nil {
-		return nil, err
+	if !l.ranges {
+		if n.Settings, err = l.pluginSettings(ipam); err != nil {
+			return nil, err
+		}
 	}
 	for _, part := range []func(n *Network, top, ipam *object) error{l.handOut, l.rules, l.extras} {
 		if err := part(n, top, ipam); err != nil {
