@@ -5,6 +5,8 @@
 // configuration (below "ipam"), the configuration file, the default; for the
 // command the flags, LEDGER_*, the file, etcdctl's ETCDCTL_*, the default. An
 // empty string, an empty list and null are the same as a key that is not there.
+// For the plugin, etcd's endpoints and the credentials for them have one origin
+// together: those of the file go to no endpoints of a network's.
 //
 // # Guarantees
 //

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -31,7 +32,11 @@ var (
 		"timeout", "lockTimeout", "statusGrace", "logFile",
 	}
 	fileKeys = append([]string{"etcd"}, settingKeys...)
-	ipamKeys = append([]string{
+
+	// What etcd is convinced with. caFile is not among them: it says who may be
+	// etcd, and so belongs to the endpoints.
+	credentialKeys = []string{"certFile", "keyFile", "username", "passwordFile"}
+	ipamKeys       = append([]string{
 		"type", "ranges", "subnet", "rangeStart", "rangeEnd", "gateway", "routes", "resolvConf", "dataDir",
 		"exclude", "pool", "addressSpace", "strictAffinity", "blockSize", "cooldown", "configFile",
 	}, fileKeys...)
@@ -87,6 +92,30 @@ func (l layer) over(below layer) layer {
 		merged[key] = g
 	}
 	return merged
+}
+
+// less returns l without keys.
+func (l layer) less(keys ...string) layer {
+	rest := maps.Clone(l)
+	for _, key := range keys {
+		delete(rest, key)
+	}
+	return rest
+}
+
+// among returns those of keys that l sets.
+func (l layer) among(keys ...string) (set []string) {
+	for _, key := range keys {
+		if _, ok := l[key]; ok {
+			set = append(set, key)
+		}
+	}
+	return set
+}
+
+// below names keys of the object that name names.
+func below(name string, keys []string) string {
+	return name + "." + strings.Join(keys, ", "+name+".")
 }
 
 // readLayer reads the settings in o, which is ipam or the file.
@@ -229,12 +258,59 @@ func (l *loader) pluginSettings(ipam *object) (Settings, error) {
 	if err != nil {
 		return Settings{}, err
 	}
-	all := network.over(file)
-	if all["endpoints"].list == nil {
+	if network.over(file)["endpoints"].list == nil {
 		return Settings{}, invalid("ipam.etcd.endpoints is not set: say where etcd is, like %s, there or as etcd.endpoints in %s",
 			exampleEndpoints, path)
 	}
+	all, err := l.onePlace(network, file, path)
+	if err != nil {
+		return Settings{}, err
+	}
 	return l.settings(all)
+}
+
+// onePlace returns network over file, the file at path, in which credentials go
+// only to endpoints that stand in the same place. Who defines a network could
+// else name an etcd of his own, or by caFile who may pass for the file's, and be
+// sent the file's password.
+//
+// A DEL goes on with a warning and without the keys that would go to another
+// place's endpoints: where they are missed, etcd refuses and the release is queued.
+func (l *loader) onePlace(network, file layer, path string) (layer, error) {
+	own, files := network.among(credentialKeys...), file.among(credentialKeys...)
+	all := network.over(file)
+	var err error
+	switch _, named := network["endpoints"]; {
+	case named && len(own) > 0:
+		return network.over(file.less(credentialKeys...)), nil
+	case named && len(files) > 0 && !l.same(all, file):
+		all = network.over(file.less(credentialKeys...))
+		err = invalid("%s in %s go only to endpoints that stand there, and ipam.etcd.endpoints names others: put credentials beside ipam.etcd.endpoints, or leave it out and name the endpoints in the file",
+			below("etcd", files), path)
+	case named && len(files) > 0 && all["caFile"].text != file["caFile"].text:
+		all = network.less("caFile").over(file)
+		err = invalid("ipam.etcd.caFile would say who gets %s in %s: put credentials beside it, or leave it out",
+			below("etcd", files), path)
+	case !named:
+		if strays := network.among(append(credentialKeys, "caFile")...); len(strays) > 0 {
+			all = network.less(strays...).over(file)
+			err = invalid("%s cannot go with etcd.endpoints in %s, as they must stand in one place: put ipam.etcd.endpoints beside, or leave them out",
+				below("ipam.etcd", strays), path)
+		}
+	}
+	if err != nil && l.del {
+		err = l.soft(err)
+	}
+	return all, err
+}
+
+// same reports whether the endpoints in all are the file's, or some of them.
+func (l *loader) same(all, file layer) bool {
+	var ours, theirs Settings
+	if l.endpoints(&ours, all) != nil || l.endpoints(&theirs, file) != nil {
+		return false // what is wrong is said where they are used
+	}
+	return !slices.ContainsFunc(ours.Endpoints, func(e string) bool { return !slices.Contains(theirs.Endpoints, e) })
 }
 
 // exists is false only when there is certainly no such file.
@@ -325,6 +401,9 @@ func (l *loader) commandSettings(file string, flags Settings, env func(string) s
 		return Settings{}, err
 	}
 
+	// Other than a network's, endpoints and credentials need not stand in one place
+	// here: flags, variables and the choice of the file are one person's, who can
+	// read whatever would be sent. So one asks a single member with --endpoints.
 	all := above.over(inFile).over(etcdctl)
 	if user := all["username"]; user.from == "ETCDCTL_USER" {
 		// etcdctl's variable may hold the password too. Ours comes from a file.

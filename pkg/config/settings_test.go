@@ -75,9 +75,9 @@ func TestFileErrors(t *testing.T) {
 		`{"Node": "x"}`:                   `7 PATH: Node is not a key that is known here: did you mean "node"?`,
 		`{"node": "x", "node": "y"}`:      `7 PATH: node is there twice: keep one`,
 		`{"etcd": {"endpoint": ["h:1"]}}`: `7 PATH: etcd.endpoint is not a key that is known here: did you mean "endpoints"?`,
-		`{"etcd": {"keyFile": "k", "certFile": "c"}}`: `7 PATH: etcd.certFile is "c": want an absolute path`,
-		`{"stateDir": "x"}`:                           `7 PATH: stateDir is "x": want an absolute path`,
-		`{"timeout": "1h"}`:                           `7 PATH: timeout is "1h": want a duration like "10s", from 100ms to 10m`,
+		`{"etcd": {"caFile": "c"}}`:       `7 PATH: etcd.caFile is "c": want an absolute path`,
+		`{"stateDir": "x"}`:               `7 PATH: stateDir is "x": want an absolute path`,
+		`{"timeout": "1h"}`:               `7 PATH: timeout is "1h": want a duration like "10s", from 100ms to 10m`,
 	} {
 		write(t, dir, "config.json", 0o600, text)
 		_, err := LoadNetwork("ADD", []byte(conf(`"pool": "p"`)), "")
@@ -176,6 +176,107 @@ func TestCredentials(t *testing.T) {
 	n = add(t, fmt.Sprintf(`{"name": "prod", "ipam": {"pool": "p", "etcd": {"endpoints": ["unix:///run/etcd", "h:1", "h:2"], "username": "root", "passwordFile": %q}}}`, password))
 	if want := []string{"the password of ipam.etcd.username goes to http://h:1 unencrypted: use https"}; !slices.Equal(n.Warnings, want) {
 		t.Errorf("got %q", n.Warnings)
+	}
+}
+
+// A network's endpoints get no credentials of the file's, nor the file's a
+// network's; who may pass for the file's is for the file to say.
+func TestOnePlace(t *testing.T) {
+	dir := t.TempDir()
+	key, ca, other := write(t, dir, "key", 0o600, ""), write(t, dir, "ca", 0o644, ""), write(t, dir, "other", 0o644, "")
+	path := filepath.Join(dir, "config.json")
+	standIn(t, path)
+	const (
+		here    = `"endpoints": ["https://here:1", "https://two:1"]`
+		there   = `"endpoints": ["https://there:1"]`
+		foreign = "etcd.%s in PATH go only to endpoints that stand there, and ipam.etcd.endpoints names others: put credentials beside ipam.etcd.endpoints, or leave it out and name the endpoints in the file"
+		stray   = "ipam.etcd.%s cannot go with etcd.endpoints in PATH, as they must stand in one place: put ipam.etcd.endpoints beside, or leave them out"
+		passes  = "ipam.etcd.caFile would say who gets etcd.%s in PATH: put credentials beside it, or leave it out"
+	)
+	var (
+		user    = fmt.Sprintf(`"username": "file", "passwordFile": %q`, key)
+		mine    = fmt.Sprintf(`"username": "mine", "passwordFile": %q`, key)
+		cert    = fmt.Sprintf(`"certFile": %q, "keyFile": %[1]q`, key)
+		trust   = fmt.Sprintf(`"caFile": %q`, ca)
+		distant = fmt.Sprintf(`"caFile": %q`, other)
+	)
+	for _, tc := range []struct {
+		network, file string
+		want          string // the error, of all verbs but DEL
+		get           string // what a DEL uses: endpoint, user, certificate, CA
+	}{
+		// One place.
+		{here + "," + mine, ``, "", "https://here:1 mine - -"},
+		{``, here + "," + user, "", "https://here:1 file - -"},
+		{``, here + "," + cert + "," + trust, "", "https://here:1 - key ca"},
+		{here, ``, "", "https://here:1 - - -"},
+		{here + "," + trust, there, "", "https://here:1 - - ca"},
+		{here, there + "," + trust, "", "https://here:1 - - ca"},
+
+		// Both have all: the network's etcd is its own, and nothing is mixed.
+		{there + "," + mine, here + "," + user, "", "https://there:1 mine - -"},
+		{there + "," + mine, here + "," + cert + "," + trust, "", "https://there:1 mine - ca"},
+		{there + "," + cert, here + "," + user, "", "https://there:1 - key -"},
+		{here + "," + mine + "," + distant, here + "," + user + "," + trust, "", "https://here:1 mine - other"},
+
+		// The network names the file's endpoints, or some of them.
+		{here, here + "," + user, "", "https://here:1 file - -"},
+		{`"endpoints": ["two:1"]`, here + "," + cert, "", "https://two:1 - key -"},
+		{here + "," + trust, here + "," + user + "," + trust, "", "https://here:1 file - ca"},
+
+		// It names others, and no credentials.
+		{there, here + "," + user, fmt.Sprintf(foreign, "username, etcd.passwordFile"), "https://there:1 - - -"},
+		{there, here + "," + cert, fmt.Sprintf(foreign, "certFile, etcd.keyFile"), "https://there:1 - - -"},
+		{there, here + "," + cert + "," + user, fmt.Sprintf(foreign, "certFile, etcd.keyFile, etcd.username, etcd.passwordFile"), "https://there:1 - - -"},
+		{there, user, fmt.Sprintf(foreign, "username, etcd.passwordFile"), "https://there:1 - - -"},
+		{`"endpoints": ["https://here:1", "https://there:1"]`, here + "," + user, fmt.Sprintf(foreign, "username, etcd.passwordFile"), "https://here:1 - - -"},
+		{`"endpoints": ["http://here:1"]`, here + "," + user, fmt.Sprintf(foreign, "username, etcd.passwordFile"), "http://here:1 - - -"},
+		{`"endpoints": ["http://here:1"]`, here + "," + cert, fmt.Sprintf(foreign, "certFile, etcd.keyFile"), "http://here:1 - - -"},
+
+		// It names credentials, or whom to trust, for the file's.
+		{mine, here, fmt.Sprintf(stray, "username, ipam.etcd.passwordFile"), "https://here:1 - - -"},
+		{mine, here + "," + user, fmt.Sprintf(stray, "username, ipam.etcd.passwordFile"), "https://here:1 file - -"},
+		{`"username": "mine"`, here + "," + user, fmt.Sprintf(stray, "username"), "https://here:1 file - -"},
+		{cert, here + "," + user, fmt.Sprintf(stray, "certFile, ipam.etcd.keyFile"), "https://here:1 file - -"},
+		{distant, here + "," + user, fmt.Sprintf(stray, "caFile"), "https://here:1 file - -"},
+		{distant, here + "," + cert + "," + trust, fmt.Sprintf(stray, "caFile"), "https://here:1 - key ca"},
+		{here + "," + distant, here + "," + user + "," + trust, fmt.Sprintf(passes, "username, etcd.passwordFile"), "https://here:1 file - ca"},
+		{here + "," + distant, here + "," + user, fmt.Sprintf(passes, "username, etcd.passwordFile"), "https://here:1 file - -"},
+
+		// Half of a pair is none.
+		{there + `, "username": "mine"`, here + "," + user, "ipam.etcd.username is set but etcd.passwordFile is not: set both or neither", ""},
+	} {
+		write(t, dir, "config.json", 0o600, `{"etcd": {`+tc.file+`}}`)
+		doc := []byte(`{"name": "prod", "ipam": {"pool": "p", "etcd": {` + tc.network + `}}}`)
+		want := strings.ReplaceAll(tc.want, "PATH", path)
+		for _, verb := range []string{"ADD", "CHECK", "GC", "STATUS", "DEL"} {
+			n, err := LoadNetwork(verb, doc, "")
+			if want != "" && (verb != "DEL" || tc.get == "") {
+				if err == nil {
+					t.Errorf("%s of %s over %s: accepted as %+v", verb, tc.network, tc.file, n.Settings)
+					continue
+				}
+				fails(t, err, 7, want)
+				continue
+			}
+			if err != nil {
+				t.Errorf("%s of %s over %s: %v", verb, tc.network, tc.file, err)
+				continue
+			}
+			get := n.Endpoints[0]
+			for _, s := range []string{n.Username, n.CertFile, n.CAFile} {
+				if s == "" {
+					s = "-"
+				}
+				get += " " + filepath.Base(s)
+			}
+			if get != tc.get || (n.Username == "") != (n.PasswordFile == "") || n.CertFile != n.KeyFile {
+				t.Errorf("%s of %s over %s: got %s (%+v), want %s", verb, tc.network, tc.file, get, n.Settings, tc.get)
+			}
+			if want != "" && !slices.Contains(n.Warnings, want) {
+				t.Errorf("%s of %s over %s: no warning of it in %q", verb, tc.network, tc.file, n.Warnings)
+			}
+		}
 	}
 }
 
@@ -325,6 +426,11 @@ func TestCommandPrecedence(t *testing.T) {
 	s, err = LoadCommand("", Settings{}, both(etcdctl))
 	check("default file", s, err, want)
 	standIn(t, "/nonexistent")
+
+	// One person's flags and file: a single member is asked with the file's credentials.
+	s, err = LoadCommand(file, Settings{Endpoints: []string{"flag:1"}}, both(etcdctl))
+	want.Endpoints = []string{"https://flag:1"}
+	check("endpoints alone", s, err, want)
 
 	// etcdctl's variable may hold a password. It is not read and not shown.
 	_, err = LoadCommand("", Settings{}, both(etcdctl))

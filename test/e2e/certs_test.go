@@ -261,6 +261,28 @@ func TestCertificatesNamed(t *testing.T) {
 	s.run("verify").ok()
 }
 
+// TestCredentialsStay: endpoints that a network names get no certificate of the
+// node's file's. A pod can go all the same, and its release waits.
+func TestCredentialsStay(t *testing.T) {
+	s := newSecured(t, namedAuthority(t, "our CA", 900*day))
+	w := subnet("10.1.0.0/24")
+	n := s.node("n1")
+	n.call("ADD", "c1", w).want("10.1.0.2/24")
+
+	elsewhere := w
+	elsewhere.ipam += fmt.Sprintf(`, "etcd": {"endpoints": [%q, "https://127.0.0.1:1"]}`, s.etcd.Endpoint())
+	for _, verb := range []string{"ADD", "STATUS"} {
+		n.call(verb, "c1", elsewhere).refused(codeConfig, "etcd.certFile, etcd.keyFile in "+n.file, "ipam.etcd.endpoints names others")
+	}
+	if r := n.call("DEL", "c1", elsewhere).ok(); !strings.Contains(r.stderr, "ipam.etcd.endpoints names others") ||
+		!strings.Contains(r.stderr, "which has no certificate") {
+		t.Errorf("DEL sent a certificate, or warns of nothing: %s", r.stderr)
+	}
+	n.wantQueue(1)
+	n.call("ADD", "c2", w).ok()
+	n.wantQueue(0)
+}
+
 // TestSecretsOfOthers: files that hold secrets are refused when others can use
 // them, by plugin, command and doctor; a pod can go all the same.
 func TestSecretsOfOthers(t *testing.T) {
