@@ -4,8 +4,10 @@ import (
 	"bufio"
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -14,11 +16,13 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/containernetworking/cni/pkg/types"
 	"github.com/spf13/cobra"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/ipam-ledger/ipam-ledger/pkg/allocator"
 	"github.com/ipam-ledger/ipam-ledger/pkg/audit/entry"
+	"github.com/ipam-ledger/ipam-ledger/pkg/config"
 	"github.com/ipam-ledger/ipam-ledger/pkg/etcdstore"
 	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
 	"github.com/ipam-ledger/ipam-ledger/pkg/statedir"
@@ -52,6 +56,7 @@ type doctor struct {
 	checks []check
 	now    time.Time
 	cache  string
+	conf   string
 }
 
 func (d *doctor) add(name, result, remedy, format string, args ...any) {
@@ -59,18 +64,19 @@ func (d *doctor) add(name, result, remedy, format string, args ...any) {
 }
 
 func (a *app) doctor() *cobra.Command {
-	var cache string
+	var cache, conf string
 	c := &cobra.Command{
 		Use:   "doctor",
 		Short: "Look for what is wrong, here and in etcd",
 		Long: `Look for what is wrong: each endpoint with its certificate, etcd's room, the
 ledger's state, clocks, and, on a node, its state directory, its queue, its key, how
-it fits what etcd has, leases that nobody seems to use, and nodes whose ranges
-differ. It changes nothing. Exit status 1 if a check fails.`,
+it fits what etcd has, leases that nobody seems to use, network configurations that
+the plugin would refuse, and nodes whose ranges differ. It changes nothing. Exit
+status 1 if a check fails.`,
 		Args:        args(0, 0, ""),
 		Annotations: formats("table,json,yaml"),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			d := &doctor{app: a, now: a.now(), cache: cache}
+			d := &doctor{app: a, now: a.now(), cache: cache, conf: conf}
 			d.run(cmd.Context())
 			if cmd.Context().Err() != nil {
 				return cmd.Context().Err()
@@ -90,6 +96,7 @@ differ. It changes nothing. Exit status 1 if a check fails.`,
 		},
 	}
 	c.Flags().StringVar(&cache, "cni-cache", "/var/lib/cni", "`directory` in which the runtime caches results")
+	c.Flags().StringVar(&conf, "cni-conf", "/etc/cni/net.d", "`directory` of the network configurations")
 	return c
 }
 
@@ -124,6 +131,7 @@ func (d *doctor) run(ctx context.Context) {
 	} else {
 		d.directory(ctx, st)
 	}
+	d.networks()
 	if st != nil {
 		d.drift(st)
 	}
@@ -676,6 +684,52 @@ func (d *doctor) cached(st *state, node string) {
 			list := missing[network]
 			d.add("leaks", warn, "if no such container runs: 'ledger release --attachment …'", "%s of network %s without a result in %s: %s", count(len(list), "attachment"), network, d.cache, some(list))
 		}
+	}
+}
+
+// networks reads the configurations that name our plugin as its ADD would. Where
+// there are none, this host is no node, or its networks are kept elsewhere.
+func (d *doctor) networks() {
+	files, err := os.ReadDir(d.conf)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		d.add("networks", warn, "run this as root", "%v", err)
+	}
+	for _, f := range files {
+		if !slices.Contains([]string{".conf", ".conflist", ".json"}, filepath.Ext(f.Name())) { // as for libcni
+			continue
+		}
+		path := filepath.Join(d.conf, f.Name())
+		b, err := os.ReadFile(path)
+		if err != nil {
+			d.add("networks", warn, "run this as root", "%v", err)
+			continue
+		}
+		list, _ := ipams(b) // what is no JSON is not ours
+		for _, conf := range list {
+			if ipam, ok := conf["ipam"].(map[string]any); ok && ipam["type"] == "ipam-ledger" {
+				d.network(path, conf)
+			}
+		}
+	}
+}
+
+func (d *doctor) network(path string, conf map[string]any) {
+	name := fmt.Sprintf("network %v", conf["name"])
+	b, err := json.Marshal(conf)
+	if err != nil {
+		return // it was made of JSON
+	}
+	n, err := config.LoadNetwork("ADD", b, "")
+	var bad *types.Error
+	switch {
+	case errors.As(err, &bad):
+		d.add(name, fail, "", "%s: %s", path, bad.Details)
+	case err != nil:
+		d.add(name, fail, "", "%s: %v", path, err)
+	case len(n.Warnings) > 0:
+		d.add(name, warn, "", "%s: %s", path, strings.Join(n.Warnings, "; "))
+	default:
+		d.add(name, ok, "", "%s", path)
 	}
 }
 
