@@ -41,6 +41,13 @@ type List interface {
 	Has(l *Lease) (has, tells bool)
 }
 
+// Moment is a point in time by two clocks.
+type Moment struct {
+	Boot  string        `json:"boot"`  // boot ID; moments of different boots are not compared
+	Since time.Duration `json:"since"` // the boot, suspended or not (CLOCK_BOOTTIME)
+	Wall  time.Time     `json:"wall"`  // for people
+}
+
 // Observation is a lease that was not on a list.
 type Observation struct {
 	Attachment keyspace.AttachmentID `json:"attachment"`

@@ -10,7 +10,8 @@
 //	holdings/      what each attachment was told it has, one file each
 //	blocks         which blocks to look at first
 //	suspects       leases that were not on the runtime's list, see package leak
-//	contact, asked time stamps: last contact with etcd, last question of STATUS
+//	contact, asked time stamps, as boot ID and time since boot: last contact with
+//	               etcd, last question of STATUS
 //	answer         what was wrong when STATUS asked last; absent: nothing
 //
 // # Guarantees
@@ -23,7 +24,7 @@
 // comes back is harmless: whoever finds another boot than the mark's fences
 // first, and the chain leads from the old mark to the head.
 //
-// All methods expect the lock to be held, but Lock itself, Touch, Since, and
+// All methods expect the lock to be held, but Lock itself, Touch, Stamp, Since, and
 // Enqueue and Unhold, which a release needs also where the lock cannot be had.
 package statedir
 
@@ -40,6 +41,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -472,24 +474,46 @@ func (d *Dir) Answer() *types.Error {
 
 // Touch sets a time stamp ("contact" or "asked") to now.
 func (d *Dir) Touch(name string) error {
-	p := d.file(name)
-	now := time.Now()
-	if err := os.Chtimes(p, now, now); err == nil {
-		return nil
+	now, err := Now()
+	if err != nil {
+		return fmt.Errorf("state directory: %s: %w", d.file(name), err)
 	}
-	if err := os.WriteFile(p, nil, 0o600); err != nil {
-		return fmt.Errorf("state directory: %w", err)
-	}
-	return nil
+	return d.Stamp(name, now)
 }
 
-// Since says how long ago a time stamp was set; false if never.
+// Stamp sets a time stamp. All of them are of one length.
+func (d *Dir) Stamp(name string, at leak.Moment) error {
+	return d.overwrite(name, fmt.Appendf(nil, "%s %020d\n", at.Boot, at.Since))
+}
+
+// Since says how long ago a time stamp was set; false if never in this boot. One
+// of the future, or one that cannot be read, is none.
 func (d *Dir) Since(name string) (time.Duration, bool) {
-	st, err := os.Stat(d.file(name))
+	b, err := os.ReadFile(d.file(name))
 	if err != nil {
 		return 0, false
 	}
-	return time.Since(st.ModTime()), true
+	line, _, whole := strings.Cut(string(b), "\n")
+	boot, text, _ := strings.Cut(line, " ")
+	at, err := strconv.ParseInt(text, 10, 64)
+	now, nerr := Now()
+	if !whole || err != nil || nerr != nil || boot != now.Boot || time.Duration(at) > now.Since {
+		return 0, false
+	}
+	return now.Since - time.Duration(at), true
+}
+
+// Now is this moment. It fails where the kernel does not say which boot this is.
+func Now() (leak.Moment, error) {
+	boot, err := bootID()
+	if err != nil {
+		return leak.Moment{}, err
+	}
+	var t unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t); err != nil {
+		return leak.Moment{}, fmt.Errorf("time since boot: %w", err)
+	}
+	return leak.Moment{Boot: boot, Since: time.Duration(t.Nano()), Wall: time.Now().UTC().Round(0)}, nil
 }
 
 // MachineID is the ID of this machine (machine-id(5)), "none" where there is
@@ -505,9 +529,22 @@ func MachineID() string {
 
 // BootID is the kernel's ID of this boot (random(4)).
 func BootID() string {
-	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	id, err := bootID()
 	if err != nil {
 		return "unknown"
 	}
-	return strings.TrimSpace(string(b))
+	return id
+}
+
+func bootID() (string, error) {
+	const file = "/proc/sys/kernel/random/boot_id"
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return "", fmt.Errorf("boot ID: %w", err)
+	}
+	id := strings.TrimSpace(string(b))
+	if id == "" {
+		return "", fmt.Errorf("boot ID: %s is empty", file)
+	}
+	return id, nil
 }

@@ -12,6 +12,7 @@ import (
 
 	"github.com/ipam-ledger/ipam-ledger/pkg/audit/entry"
 	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
+	"github.com/ipam-ledger/ipam-ledger/pkg/leak"
 )
 
 func open(t *testing.T) *Dir {
@@ -172,5 +173,61 @@ func TestOpenRefuses(t *testing.T) {
 	must(t, os.WriteFile(file, nil, 0o600))
 	if _, err := Open(filepath.Join(file, "state")); err == nil || !strings.Contains(err.Error(), file) {
 		t.Fatalf("got %v", err)
+	}
+}
+
+// TestStamps: a stamp is of this boot's clock, or none.
+func TestStamps(t *testing.T) {
+	d := open(t)
+	if ago, ok := d.Since("asked"); ok {
+		t.Fatalf("a new directory was asked %v ago", ago)
+	}
+	now, err := Now()
+	must(t, err)
+	if later, err := Now(); err != nil || later.Boot != BootID() || later.Since < now.Since || now.Since <= 0 {
+		t.Fatalf("%+v, then %+v, %v", now, later, err)
+	}
+	must(t, d.Touch("asked"))
+	if ago, ok := d.Since("asked"); !ok || ago < 0 {
+		t.Fatalf("touched %v ago, %v", ago, ok)
+	}
+	before := now
+	before.Since -= time.Hour
+	must(t, d.Stamp("asked", before))
+	if ago, ok := d.Since("asked"); !ok || ago < time.Hour {
+		t.Fatalf("set an hour back: %v, %v", ago, ok)
+	}
+	// The file's own time is nothing.
+	for _, at := range []time.Time{time.Unix(0, 0), now.Wall.AddDate(9, 0, 0)} {
+		must(t, os.Chtimes(d.file("asked"), at, at))
+		if ago, ok := d.Since("asked"); !ok || ago < time.Hour {
+			t.Fatalf("with a file of %v: %v, %v", at, ago, ok)
+		}
+	}
+	future, other := now, before
+	future.Since += 24 * time.Hour
+	other.Boot = "another"
+	for _, at := range []leak.Moment{future, other} {
+		must(t, d.Stamp("asked", at))
+		if ago, ok := d.Since("asked"); ok {
+			t.Errorf("%+v: %v ago", at, ago)
+		}
+	}
+	must(t, d.Stamp("asked", before))
+	whole, err := os.ReadFile(d.file("asked"))
+	must(t, err)
+	for i := range whole {
+		for _, b := range [][]byte{whole[:i], append(whole[:i:i], make([]byte, len(whole)-i)...)} {
+			must(t, os.WriteFile(d.file("asked"), b, 0o600))
+			if ago, ok := d.Since("asked"); ok {
+				t.Errorf("%q: %v ago", b, ago)
+			}
+		}
+	}
+	// It is written over what was there.
+	must(t, os.WriteFile(d.file("asked"), []byte(strings.Repeat("x", 300)), 0o600))
+	must(t, d.Touch("asked"))
+	if _, ok := d.Since("asked"); !ok {
+		t.Error("touched, and there is no stamp")
 	}
 }

@@ -208,11 +208,11 @@ func status(args *skel.CmdArgs) error {
 // Who was refused asks again sooner, and who knows nothing at once.
 func (p *plugin) known(n *config.Network) (err error, known bool) {
 	asked, ok := p.Dir.Since("asked")
-	if !ok || asked < 0 {
+	if !ok {
 		return nil, false
 	}
 	// Jittered, so that the nodes of a cluster do not ask in step.
-	if contact, ok := p.Dir.Since("contact"); ok && contact >= 0 && contact < min(asked, n.StatusGrace) {
+	if contact, ok := p.Dir.Since("contact"); ok && contact < min(asked, n.StatusGrace) {
 		return nil, asked <= statusEvery-rand.N(statusEvery/4) // also another verb's since
 	}
 	answer := p.Dir.Answer()

@@ -455,13 +455,27 @@ func (n *node) wantQueue(want int) {
 	}
 }
 
-// age sets a time stamp of the state directory back.
+// age sets a time stamp of the state directory so far back from now, in this boot.
 func (n *node) age(stamp string, by time.Duration) {
 	n.t.Helper()
-	at := time.Now().Add(-by)
-	if err := os.Chtimes(filepath.Join(n.state, stamp), at, at); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	at, err := statedir.Now()
+	if err == nil {
+		at.Since -= by
+		err = n.stateDir().Stamp(stamp, at)
+	}
+	if err != nil {
 		n.t.Fatal(err)
 	}
+}
+
+// stateDir is the state directory.
+func (n *node) stateDir() *statedir.Dir {
+	n.t.Helper()
+	d, err := statedir.Open(n.state)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return d
 }
 
 // forget removes a time stamp.
@@ -476,10 +490,7 @@ func (n *node) forget(stamp string) {
 // free, no commit is open, no release waits.
 func (n *node) isSettled() {
 	n.t.Helper()
-	d, err := statedir.Open(n.state)
-	if err != nil {
-		n.t.Fatal(err)
-	}
+	d := n.stateDir()
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	if unlock, err := d.Lock(ctx); err != nil {

@@ -161,9 +161,59 @@ func TestStatus(t *testing.T) {
 	n.call("STATUS", "", w).refused(codeIntegrity)
 	n.call("ADD", "c2", w).ok()
 	n.call("STATUS", "", w).ok()
-	// A clock that was set back makes neither stamp last for ever.
-	n.age("asked", -time.Hour)
-	n.age("contact", -time.Hour)
+	// A stamp of another boot, of the future, or one that is spoilt, is none: etcd is
+	// asked, and where it does not answer there was no contact.
+	here, err := statedir.Now()
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, future := here, here
+	other.Boot, future.Since = "9d2f0c6e-0000-4000-8000-000000000000", here.Since+time.Hour
+	spoil := map[string]func(stamp string) error{
+		"another boot's": func(stamp string) error { return n.stateDir().Stamp(stamp, other) },
+		"the future's":   func(stamp string) error { return n.stateDir().Stamp(stamp, future) },
+		"torn":           func(stamp string) error { return os.Truncate(filepath.Join(n.state, stamp), 40) },
+		"empty":          func(stamp string) error { return os.Truncate(filepath.Join(n.state, stamp), 0) },
+		"zeroed": func(stamp string) error {
+			return os.WriteFile(filepath.Join(n.state, stamp), make([]byte, 58), 0o600)
+		},
+	}
+	for name, do := range spoil {
+		n.call("ADD", "c2", w).ok()
+		if err := do("asked"); err != nil {
+			t.Fatal(err)
+		}
+		if got := c.etcd.RequestsDuring(t, func() { n.call("STATUS", "", w).ok() }); len(got) == 0 {
+			t.Errorf("%s stamp of the last question: etcd was not asked", name)
+		}
+	}
+	c.etcd.Stop()
+	for _, do := range spoil {
+		n.age("contact", 0)
+		if err := do("contact"); err != nil {
+			t.Fatal(err)
+		}
+		n.forget("asked")
+		n.call("STATUS", "", w).fast().refused(codeUnreachable, "since this node started")
+	}
+	// What the wall clock says of the files is nothing to them.
+	n.age("contact", time.Second)
+	for _, at := range []time.Time{time.Now().Add(90000 * time.Hour), time.Unix(0, 0)} {
+		for _, stamp := range []string{"contact", "asked"} {
+			if err := os.Chtimes(filepath.Join(n.state, stamp), at, at); err != nil {
+				t.Fatal(err)
+			}
+		}
+		n.call("STATUS", "", w).fast().ok()
+	}
+	n.age("contact", 61*time.Second)
+	if err := os.Chtimes(filepath.Join(n.state, "contact"), time.Now().Add(time.Hour), time.Now().Add(time.Hour)); err != nil {
+		t.Fatal(err)
+	}
+	n.forget("asked")
+	n.call("STATUS", "", w).fast().refused(codeUnreachable, "1m1s")
+	c.etcd.Restart(t)
+	n.forget("asked")
 	n.call("STATUS", "", w).ok()
 	// A full pool is cluster-wide.
 	n.call("ADD", "f", network{name: "full", ipam: `"subnet": "10.9.0.0/30"`}).ok()

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ipam-ledger/ipam-ledger/internal/containerd"
+	"github.com/ipam-ledger/ipam-ledger/pkg/statedir"
 )
 
 // TestKubelet: sixty sandboxes at once, then churn: no address twice, each pod
@@ -185,9 +186,21 @@ func TestStatus(t *testing.T) {
 // statusGrace.
 func (w *world) longWithoutContact(state string) {
 	w.t.Helper()
-	ago := time.Now().Add(-5 * time.Minute)
+	d, err := statedir.Open(state)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	ago, err := statedir.Now()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	boot, err := os.ReadFile(filepath.Join(w.Dir, "boot-id"))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	ago.Boot, ago.Since = strings.TrimSpace(string(boot)), ago.Since-5*time.Minute
 	for _, stamp := range []string{"asked", "contact"} {
-		if err := os.Chtimes(filepath.Join(state, stamp), ago, ago); err != nil {
+		if err := d.Stamp(stamp, ago); err != nil {
 			w.t.Fatal(err)
 		}
 	}
