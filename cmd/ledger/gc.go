@@ -3,11 +3,12 @@ package main
 import (
 	"bufio"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"os"
-	"slices"
 	"strings"
 	"time"
 
@@ -32,32 +33,64 @@ func (r *runtimeList) given() bool { return r.cri != "" || r.containers != "" }
 // criTimeout is for the runtime's answers.
 const criTimeout = 30 * time.Second
 
-// read returns the list and how the record calls it.
-func (r *runtimeList) read(ctx context.Context, a *app) (leak.Containers, string, error) {
+// read returns the list, how the record calls it, and where it is from.
+func (r *runtimeList) read(ctx context.Context, a *app) (leak.Containers, string, given, error) {
 	if r.cri != "" && r.containers != "" {
-		return nil, "", usage("--cri and --containers both say what runs: give one")
+		return nil, "", given{}, usage("--cri and --containers both say what runs: give one")
 	}
 	if r.cri != "" {
 		ctx, cancel := context.WithTimeout(ctx, criTimeout)
 		defer cancel()
 		name, ids, err := cri.Sandboxes(ctx, r.cri)
-		return ids, name, err
+		return ids, name, given{name: "--cri " + r.cri}, err
 	}
-	in, err := a.open(r.containers)
+	var ids leak.Containers
+	from, err := a.given("--containers", r.containers, func(in io.Reader) (err error) {
+		ids, err = readContainers(in)
+		return err
+	})
 	if err != nil {
-		return nil, "", fmt.Errorf("--containers %s: %w", r.containers, err)
-	}
-	defer in.Close()
-	ids, err := readContainers(in)
-	if err != nil {
-		return nil, "", fmt.Errorf("--containers %s: %w", r.containers, err)
+		return nil, "", given{}, err
 	}
 	// The list may come from a pipe whose other end failed.
 	if len(ids) == 0 {
-		return nil, "", refuse("where nothing runs, let --cri say so",
+		return nil, "", given{}, refuse("where nothing runs, let --cri say so",
 			"--containers %s lists no sandbox: all that this node holds would be released", r.containers)
 	}
-	return ids, "the list given", nil
+	return ids, "the list given", from, nil
+}
+
+// given is where a list is from.
+type given struct {
+	name string    // how it was given
+	made time.Time // when its file was written; zero where there is none, as for a pipe
+	sum  string    // SHA-256 of what was read
+}
+
+// given reads a file, or standard input for "-".
+func (a *app) given(flag, file string, read func(io.Reader) error) (given, error) {
+	out := given{name: flag + " " + file}
+	in, err := a.open(file)
+	if err != nil {
+		return out, fmt.Errorf("%s: %w", out.name, err)
+	}
+	defer in.Close()
+	opened := io.Reader(in)
+	if file == "-" {
+		opened = a.in
+	}
+	// Before it is read: what is written meanwhile is newer.
+	if f, ok := opened.(*os.File); ok {
+		if st, err := f.Stat(); err == nil && st.Mode().IsRegular() {
+			out.made = st.ModTime()
+		}
+	}
+	sum := sha256.New()
+	if err := read(io.TeeReader(in, sum)); err != nil {
+		return out, fmt.Errorf("%s: %w", out.name, err)
+	}
+	out.sum = hex.EncodeToString(sum.Sum(nil))
+	return out, nil
 }
 
 func readContainers(in io.Reader) (leak.Containers, error) {
@@ -95,6 +128,7 @@ type collection struct {
 	pods    []string
 	grace   time.Duration
 	most    int
+	all     bool
 	wait    bool
 	dry     bool
 	shown   bool // dry because somebody looks on
@@ -124,6 +158,8 @@ type suspectLine struct {
 	Since      time.Time             `json:"since"`
 	State      string                `json:"state"` // waiting, leaked, freed, forgotten, changed, failed
 	Error      string                `json:"error,omitempty"`
+
+	ago time.Duration // since then
 }
 
 func (a *app) gc() *cobra.Command {
@@ -140,15 +176,23 @@ the command then acts as this node and frees what is leased on this node alone.
 operator; pods are told apart by their UID, static pods by that of their mirror's
 annotations. Where several clusters share the ledger, give --pods once for each.
 
-A lease is freed if it is not on the list in two observations, at least --grace
-apart, and if it is still the same lease in the transaction that ends it. So a
-first run frees nothing: it writes down what it saw, and a later one (a timer's)
-goes on from there. --wait makes both observations in one run. A list that cannot be
-read, is cut off or has no pod frees nothing.
+A lease is freed if it is not on the list in an observation, nor on a list that was
+taken at least --grace later, and if it is still the same lease in the transaction
+that ends it. So a first run frees nothing: it writes down what it saw, and a later
+one (a timer's) goes on from there. --wait makes both observations in one run. Time
+is that since the boot, and observations of an earlier boot do not count.
+
+A list that cannot be read, is cut off or has no pod frees nothing, and neither does
+one that was looked at before. A file is as old as its time of writing says, so make
+it anew for each run; what comes from a pipe has no time, and is refused where it is
+byte for byte that of the run before.
+
+--cri and --containers leave leases alone that name no pod: they may be those of
+another runtime, as nerdctl's or podman's. --all judges them, too.
 
 On a terminal it only shows what it would do, unless --yes is given.`,
 		Example: `  ledger gc --cri unix:///run/containerd/containerd.sock
-  kubectl get pods --all-namespaces -o json | ledger gc --pods -`,
+  kubectl get pods --all-namespaces -o json >pods.json && ledger gc --pods pods.json`,
 		Args:        args(0, 0, ""),
 		Annotations: formats("table,wide,json,yaml,name"),
 	}
@@ -156,6 +200,7 @@ On a terminal it only shows what it would do, unless --yes is given.`,
 	c.Flags().StringArrayVar(&g.pods, "pods", nil, "read all pods of the cluster from `FILE` (- is standard input)")
 	c.Flags().DurationVar(&g.grace, "grace", 5*time.Minute, "for how long a lease must have been off the list: a `duration`")
 	c.Flags().IntVar(&g.most, "max", 100, "free at most `N` in this run")
+	c.Flags().BoolVar(&g.all, "all", false, "judge leases that name no pod, too: only where no other runtime uses the ledger on this node, or where its sandboxes are on the list")
 	c.Flags().BoolVar(&g.wait, "wait", false, "observe, wait for the grace period, observe again, and free (with --cri)")
 	c.Flags().BoolVar(&g.dry, "dry-run", false, "show what would be done; free nothing and write nothing down")
 	c.Flags().BoolVarP(&g.yes, "yes", "y", false, "do it, also on a terminal")
@@ -164,6 +209,8 @@ On a terminal it only shows what it would do, unless --yes is given.`,
 		switch {
 		case g.runtime.given() == (len(g.pods) > 0):
 			return usage("say who knows what exists: --cri or --containers for this node, or --pods for the whole cluster")
+		case g.all && !g.runtime.given():
+			return usage("--all needs --cri or --containers: a list of pods says nothing about what is no pod's")
 		case g.grace < 0:
 			return usage("--grace %v: want a time from 0", g.grace)
 		case g.most < 1:
@@ -227,43 +274,67 @@ func (a *app) collect(ctx context.Context, g *collection) error {
 // rest down for the next.
 func (a *app) observe(ctx context.Context, g *collection, w *allocator.Writer, source string) (*collected, error) {
 	out := &collected{Dry: g.dry, Grace: g.grace.String(), Suspects: []suspectLine{}}
+	// A list that bears no time is taken for as old as this: who makes one for a
+	// pipe may have begun when we did.
+	began, err := a.boot()
+	if err != nil {
+		return nil, err
+	}
 	// The leases first: what comes into being after this is on the list, or at
 	// least not among them.
 	leases, err := a.leases(ctx, w, source == "runtime")
 	if err != nil {
 		return nil, err
 	}
+	look := leak.Look{Source: source}
+	if look.At, err = a.boot(); err != nil {
+		return nil, err
+	}
 	var list leak.List
+	var from []given
 	if source == "runtime" {
-		ids, name, err := g.runtime.read(ctx, a)
+		ids, name, it, err := g.runtime.read(ctx, a)
 		if err != nil {
 			return nil, err
 		}
-		list, out.Listed, out.Source = ids, len(ids), name
+		list, from, out.Listed, out.Source = ids, []given{it}, len(ids), name
+		if g.all {
+			list = leak.All(ids)
+		}
 	} else {
-		pods, err := a.readPods(g.pods)
-		if err != nil {
+		var pods *leak.Pods
+		if pods, from, err = a.readPods(g.pods); err != nil {
 			return nil, err
 		}
 		list, out.Listed, out.Source = pods, pods.Len(), "the list of pods"
 	}
-	earlier := w.Dir.Suspects()
-	found := leak.Judge(leases, list, source, earlier, a.now(), g.grace)
+	for _, x := range from {
+		taken := leak.Taken{Moment: began, Name: x.name, Sum: x.sum}
+		if !x.made.IsZero() {
+			if taken, err = leak.FromFile(x.name, x.sum, x.made, look.At); err != nil {
+				return nil, &failure{err: err, hint: "set the clock right, or make the list anew", code: exitUnknown}
+			}
+		}
+		look.Lists = append(look.Lists, taken)
+	}
+	found, memory, err := w.Dir.Suspects().Judge(look, leases, list, g.grace)
+	if err != nil {
+		return nil, &failure{err: err, hint: "make the list anew, and into a file: its time counts, and what comes from a pipe has none", code: exitUnknown}
+	}
 	out.Known, out.Untold = found.Known, found.Untold
 
 	// Before anything is freed: a process that dies here has observed all the same.
 	if !g.dry {
-		keep := slices.DeleteFunc(earlier, func(o leak.Observation) bool { return o.Source == source })
-		for _, s := range found.Suspects {
-			keep = append(keep, leak.Observation{Attachment: s.ID, Acquire: s.Value.Acquire, Source: source, Since: s.Since.UTC()})
-		}
-		if err := w.Dir.SaveSuspects(keep); err != nil {
+		if err := w.Dir.SaveSuspects(memory); err != nil {
 			return nil, err
 		}
 	}
 	tried, failed, code := 0, 0, exitUnknown
 	for _, s := range found.Suspects {
-		line := suspectLine{Attachment: s.ID, Leases: s.Value.Leases, Pod: s.Value.Pod, PodUID: s.Value.PodUID, Since: s.Since.UTC(), State: "waiting"}
+		line := suspectLine{
+			Attachment: s.ID, Leases: s.Value.Leases, Pod: s.Value.Pod, PodUID: s.Value.PodUID,
+			Since: s.First.Wall.UTC(), State: "waiting", ago: look.At.Since - s.First.Since,
+		}
 		switch {
 		case !s.Leaked:
 			out.Waiting++
@@ -274,7 +345,7 @@ func (a *app) observe(ctx context.Context, g *collection, w *allocator.Writer, s
 			out.Left++
 		default:
 			tried++
-			freed, err := w.Reap(ctx, s.ID, s.Value.Acquire, g.say(out.Source, a.now().Sub(s.Since)))
+			freed, err := w.Reap(ctx, s.ID, s.Value.Acquire, g.say(out.Source, s.Off))
 			switch {
 			case err != nil:
 				line.State, line.Error = "failed", err.Error()
@@ -300,20 +371,17 @@ func (a *app) observe(ctx context.Context, g *collection, w *allocator.Writer, s
 }
 
 // readPods reads the lists of one cluster or of several.
-func (a *app) readPods(files []string) (*leak.Pods, error) {
+func (a *app) readPods(files []string) (*leak.Pods, []given, error) {
 	pods := new(leak.Pods)
+	var from []given
 	for _, file := range files {
-		in, err := a.open(file)
+		it, err := a.given("--pods", file, pods.Add)
 		if err != nil {
-			return nil, fmt.Errorf("--pods %s: %w", file, err)
+			return nil, nil, err
 		}
-		err = pods.Add(in)
-		in.Close()
-		if err != nil {
-			return nil, fmt.Errorf("--pods %s: %w", file, err)
-		}
+		from = append(from, it)
 	}
-	return pods, nil
+	return pods, from, nil
 }
 
 // say is the reason on the record.
@@ -403,11 +471,13 @@ func (a *app) showCollected(v *collected, g *collection) error {
 			if !a.wide() && len(id.Container) > 12 {
 				id.Container = id.Container[:12] + "…"
 			}
-			off, state := span(a.now().Sub(s.Since)), s.State
+			off, state := span(s.ago), s.State
 			switch s.State {
 			case "waiting":
-				state = "waiting: " + span(max(0, g.grace-a.now().Sub(s.Since))) + " to go"
-				if s.Since.Equal(a.now()) || a.now().Sub(s.Since) < time.Second {
+				if state = "waiting: " + span(g.grace-s.ago) + " to go"; s.ago >= g.grace {
+					state = "waiting: for a list of later than this one"
+				}
+				if s.ago < time.Second {
 					off = "just now"
 				}
 			case "leaked":

@@ -34,6 +34,8 @@ import (
 	"github.com/ipam-ledger/ipam-ledger/pkg/allocator"
 	"github.com/ipam-ledger/ipam-ledger/pkg/config"
 	"github.com/ipam-ledger/ipam-ledger/pkg/etcdstore"
+	"github.com/ipam-ledger/ipam-ledger/pkg/leak"
+	"github.com/ipam-ledger/ipam-ledger/pkg/statedir"
 )
 
 // version is set by the linker.
@@ -66,8 +68,9 @@ type app struct {
 	err                                  io.Writer
 	terminalIn, terminalOut, terminalErr bool
 
-	env func(string) string
-	now func() time.Time
+	env  func(string) string
+	now  func() time.Time
+	boot func() (leak.Moment, error) // as statedir.Now
 
 	flags  config.Settings // zero where a flag was not given
 	file   string          // --config
@@ -80,7 +83,7 @@ func newApp() *app {
 	return &app{
 		in: os.Stdin, out: bufio.NewWriterSize(os.Stdout, 1<<16), err: os.Stderr,
 		terminalIn: term.IsTerminal(int(os.Stdin.Fd())), terminalOut: term.IsTerminal(int(os.Stdout.Fd())), terminalErr: term.IsTerminal(int(os.Stderr.Fd())),
-		env: os.Getenv, now: time.Now,
+		env: os.Getenv, now: time.Now, boot: statedir.Now,
 	}
 }
 

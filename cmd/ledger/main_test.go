@@ -25,6 +25,7 @@ import (
 	"github.com/ipam-ledger/ipam-ledger/pkg/audit/entry"
 	"github.com/ipam-ledger/ipam-ledger/pkg/etcdstore"
 	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
+	"github.com/ipam-ledger/ipam-ledger/pkg/leak"
 	"github.com/ipam-ledger/ipam-ledger/pkg/statedir"
 )
 
@@ -33,7 +34,7 @@ func TestMain(m *testing.M) {
 		"ledger": func() {
 			a := newApp()
 			if t := os.Getenv("CLOCK"); t != "" {
-				a.now = ticking(t)
+				a.now, a.boot = ticking(t), booted(t, os.Getenv("BOOT"), os.Getenv("UP"))
 			}
 			start(a)
 		},
@@ -53,11 +54,28 @@ func ticking(from string) func() time.Time {
 	}
 }
 
+// booted is the clock of a boot where the wall clock says now: it says up, or
+// where that is empty it goes with the wall clock.
+func booted(now, boot, up string) func() (leak.Moment, error) {
+	wall, err := time.Parse(time.RFC3339, now)
+	since := time.Duration(wall.Unix()) * time.Second
+	if err == nil && up != "" {
+		since, err = time.ParseDuration(up)
+	}
+	if err != nil {
+		panic(err)
+	}
+	return func() (leak.Moment, error) { return leak.Moment{Boot: "boot-" + boot, Since: since, Wall: wall}, nil }
+}
+
 // TestScripts runs testdata/*.txt. Beside testscript's own commands there are
 //
 //	etcd …      one etcd of the script's own: see (*lab).etcd
 //	node …      what the plugin would do on a node: see (*lab).node
 //	clock TIME  what clocks say from here on, in RFC 3339; clock - is real time
+//	boot ID UP  which boot of the machine this is from here on, and for how long it
+//	            is up; without UP its clock goes with the other
+//	made FILE   the file is written now, by that clock
 //	status N C  runs a command that must exit with status N
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
@@ -81,6 +99,15 @@ func TestScripts(t *testing.T) {
 				if args[0] != "-" {
 					ts.Setenv("CLOCK", args[0])
 				}
+			},
+			"boot": func(ts *testscript.TestScript, _ bool, args []string) {
+				ts.Setenv("BOOT", args[0])
+				ts.Setenv("UP", strings.Join(args[1:], ""))
+			},
+			"made": func(ts *testscript.TestScript, _ bool, args []string) {
+				now, err := time.Parse(time.RFC3339, ts.Getenv("CLOCK"))
+				ts.Check(err)
+				ts.Check(os.Chtimes(ts.MkAbs(args[0]), now, now))
 			},
 			"status": func(ts *testscript.TestScript, _ bool, args []string) {
 				err := ts.Exec(args[1], args[2:]...)

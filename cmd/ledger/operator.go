@@ -280,7 +280,7 @@ type recoveredConflict struct {
 func (a *app) recoverNode(ctx context.Context, runtime *runtimeList, reason string) error {
 	var runs func(keyspace.AttachmentID) bool
 	if runtime.given() {
-		ids, _, err := runtime.read(ctx, a)
+		ids, _, _, err := runtime.read(ctx, a)
 		if err != nil {
 			return err
 		}

@@ -29,12 +29,12 @@ func (p *Pods) Len() int { return p.count }
 // another pod; by name where only that was recorded.
 func (p *Pods) Has(l *Lease) (has, tells bool) {
 	switch {
+	case !l.ofPod():
+		return false, false
 	case l.Value.PodUID != "":
 		return p.uids[l.Value.PodUID], true
-	case l.Value.Pod != "":
-		return p.names[l.Value.Pod], true
 	}
-	return false, false
+	return p.names[l.Value.Pod], true
 }
 
 // Add reads what 'kubectl get pods --all-namespaces -o json' writes (a v1 List or

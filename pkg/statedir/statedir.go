@@ -9,7 +9,7 @@
 //	queue/         releases that could not be committed, one file each, fsynced
 //	holdings/      what each attachment was told it has, one file each
 //	blocks         which blocks to look at first
-//	suspects       leases that were not on the runtime's list, see package leak
+//	suspects       leases that were not on a list, see package leak
 //	contact, asked time stamps, as boot ID and time since boot: last contact with
 //	               etcd, last question of STATUS
 //	answer         what was wrong when STATUS asked last; absent: nothing
@@ -437,8 +437,8 @@ func (d *Dir) SaveBlocks(space, pool string, blocks []netip.Prefix) error {
 
 // Suspects returns what SaveSuspects kept. What cannot be read is nothing: those
 // leases are observed anew.
-func (d *Dir) Suspects() []leak.Observation {
-	var out []leak.Observation
+func (d *Dir) Suspects() leak.Memory {
+	var out leak.Memory
 	b, err := os.ReadFile(d.file("suspects"))
 	if err != nil || keyspace.Decode(b, &out) != nil {
 		return nil
@@ -447,8 +447,8 @@ func (d *Dir) Suspects() []leak.Observation {
 }
 
 // SaveSuspects keeps observations for the next time.
-func (d *Dir) SaveSuspects(o []leak.Observation) error {
-	return d.replace("suspects", keyspace.Encode(o))
+func (d *Dir) SaveSuspects(m leak.Memory) error {
+	return d.replace("suspects", keyspace.Encode(m))
 }
 
 // SaveAnswer keeps what STATUS found wrong, nil for nothing, until it asks again.

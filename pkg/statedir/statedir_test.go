@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -229,5 +230,28 @@ func TestStamps(t *testing.T) {
 	must(t, d.Touch("asked"))
 	if _, ok := d.Since("asked"); !ok {
 		t.Error("touched, and there is no stamp")
+	}
+}
+
+// TestSuspects: what is kept of observations comes back as it was; what cannot be
+// read is nothing.
+func TestSuspects(t *testing.T) {
+	d := open(t)
+	now, err := Now()
+	must(t, err)
+	lease := leak.Lease{ID: keyspace.AttachmentID{Node: "a", Network: "n", Container: "1", Interface: "eth0"}}
+	lease.Value.Pod = "shop/web"
+	look := leak.Look{Source: "runtime", At: now, Lists: []leak.Taken{{Moment: now, Name: "-", Sum: "s"}}}
+	_, memory, err := leak.Memory(nil).Judge(look, []leak.Lease{lease}, leak.Containers{}, time.Minute)
+	must(t, err)
+	must(t, d.SaveSuspects(memory))
+	if got := d.Suspects(); !reflect.DeepEqual(got, memory) {
+		t.Errorf("got %+v, want %+v", got, memory)
+	}
+	for _, spoilt := range []string{"", "[", `[{"attachment": {}, "since": "2025-01-15T14:00:00Z"}]`} {
+		must(t, os.WriteFile(d.file("suspects"), []byte(spoilt), 0o600))
+		if got := d.Suspects(); len(got) > 0 {
+			t.Errorf("%q is %+v", spoilt, got)
+		}
 	}
 }

@@ -466,9 +466,7 @@ func (c *campaign) mustWith(ctx context.Context, as *machine, stdin func() strin
 		if as != nil {
 			r = as.acts(ctx, k, stdin(), args...)
 		} else {
-			cmd := c.ledger(ctx, nil, args...)
-			cmd.Stdin = strings.NewReader(stdin())
-			r = c.run(c.desk, cmd, k, 0, nil)
+			r = c.read(c.desk, c.ledger(ctx, nil, args...), k, stdin(), nil)
 		}
 		r.what = "ledger " + strings.Join(args, " ")
 		if as != nil {
@@ -497,6 +495,21 @@ func (c *campaign) mustWith(ctx context.Context, as *machine, stdin func() strin
 		}
 		sleep(ctx, 200*time.Millisecond)
 	}
+}
+
+// read runs a command whose standard input is a file that was written now: 'ledger
+// gc' goes by its time.
+func (c *campaign) read(h *host, cmd *exec.Cmd, k kill, text string, procs *processes) *reply {
+	f, err := os.CreateTemp("", "campaign")
+	if err == nil {
+		defer f.Close()
+		err = errors.Join(os.WriteFile(f.Name(), []byte(text), 0o600), os.Chtimes(f.Name(), time.Time{}, time.Now()), os.Remove(f.Name()))
+	}
+	if err != nil {
+		c.finding("what %v is to read: %v", cmd.Args, err)
+	}
+	cmd.Stdin = f
+	return c.run(h, cmd, k, 0, procs)
 }
 
 // dirOf is the machine's state directory.

@@ -422,9 +422,7 @@ func (m *machine) powerOn() {
 
 // acts runs the command as this node on this machine.
 func (m *machine) acts(ctx context.Context, k kill, stdin string, args ...string) *reply {
-	cmd := m.c.ledger(ctx, m, args...)
-	cmd.Stdin = strings.NewReader(stdin)
-	return m.c.run(m.host, cmd, k, 0, &m.procs)
+	return m.c.read(m.host, m.c.ledger(ctx, m, args...), k, stdin, &m.procs)
 }
 
 // copyDir copies a directory on which nothing works.
