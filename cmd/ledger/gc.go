@@ -8,7 +8,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -16,6 +18,7 @@ import (
 
 	"github.com/ipam-ledger/ipam-ledger/internal/cri"
 	"github.com/ipam-ledger/ipam-ledger/pkg/allocator"
+	"github.com/ipam-ledger/ipam-ledger/pkg/audit/entry"
 	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
 	"github.com/ipam-ledger/ipam-ledger/pkg/leak"
 )
@@ -145,6 +148,7 @@ type collected struct {
 	Dry      bool          `json:"dryRun"`
 	Grace    string        `json:"grace"`
 	Suspects []suspectLine `json:"suspects"`
+	Blocks   []blockLine   `json:"blocks"` // of removed nodes
 	Freed    int           `json:"freed"`
 	Waiting  int           `json:"waiting"` // not on the list, and not for long enough
 	Left     int           `json:"left"`    // leaked, and beyond --max
@@ -160,6 +164,13 @@ type suspectLine struct {
 	Error      string                `json:"error,omitempty"`
 
 	ago time.Duration // since then
+}
+
+type blockLine struct {
+	Block string `json:"block"`
+	Node  string `json:"node"`
+	State string `json:"state"` // unused, given back, failed
+	Error string `json:"error,omitempty"`
 }
 
 func (a *app) gc() *cobra.Command {
@@ -190,6 +201,9 @@ byte for byte that of the run before.
 --cri and --containers leave leases alone that name no pod: they may be those of
 another runtime, as nerdctl's or podman's. --all judges them, too.
 
+--pods also gives back the blocks of nodes that were removed (or replaced, and have
+not come back) in which nothing is leased.
+
 On a terminal it only shows what it would do, unless --yes is given.`,
 		Example: `  ledger gc --cri unix:///run/containerd/containerd.sock
   kubectl get pods --all-namespaces -o json >pods.json && ledger gc --pods pods.json`,
@@ -199,7 +213,7 @@ On a terminal it only shows what it would do, unless --yes is given.`,
 	g.runtime.flags(c)
 	c.Flags().StringArrayVar(&g.pods, "pods", nil, "read all pods of the cluster from `FILE` (- is standard input)")
 	c.Flags().DurationVar(&g.grace, "grace", 5*time.Minute, "for how long a lease must have been off the list: a `duration`")
-	c.Flags().IntVar(&g.most, "max", 100, "free at most `N` in this run")
+	c.Flags().IntVar(&g.most, "max", 100, "free at most `N` leases in this run, and give at most as many blocks back")
 	c.Flags().BoolVar(&g.all, "all", false, "judge leases that name no pod, too: only where no other runtime uses the ledger on this node, or where its sandboxes are on the list")
 	c.Flags().BoolVar(&g.wait, "wait", false, "observe, wait for the grace period, observe again, and free (with --cri)")
 	c.Flags().BoolVar(&g.dry, "dry-run", false, "show what would be done; free nothing and write nothing down")
@@ -273,7 +287,7 @@ func (a *app) collect(ctx context.Context, g *collection) error {
 // observe makes one observation, frees what is proven leaked, and writes the
 // rest down for the next.
 func (a *app) observe(ctx context.Context, g *collection, w *allocator.Writer, source string) (*collected, error) {
-	out := &collected{Dry: g.dry, Grace: g.grace.String(), Suspects: []suspectLine{}}
+	out := &collected{Dry: g.dry, Grace: g.grace.String(), Suspects: []suspectLine{}, Blocks: []blockLine{}}
 	// A list that bears no time is taken for as old as this: who makes one for a
 	// pipe may have begun when we did.
 	began, err := a.boot()
@@ -330,6 +344,7 @@ func (a *app) observe(ctx context.Context, g *collection, w *allocator.Writer, s
 		}
 	}
 	tried, failed, code := 0, 0, exitUnknown
+	ended := map[keyspace.AttachmentID]bool{}
 	for _, s := range found.Suspects {
 		line := suspectLine{
 			Attachment: s.ID, Leases: s.Value.Leases, Pod: s.Value.Pod, PodUID: s.Value.PodUID,
@@ -340,6 +355,7 @@ func (a *app) observe(ctx context.Context, g *collection, w *allocator.Writer, s
 			out.Waiting++
 		case g.dry:
 			line.State = "leaked"
+			ended[s.ID] = true
 		case tried >= g.most || ctx.Err() != nil:
 			line.State = "leaked"
 			out.Left++
@@ -356,6 +372,7 @@ func (a *app) observe(ctx context.Context, g *collection, w *allocator.Writer, s
 			case freed:
 				line.State = "freed"
 				out.Freed++
+				ended[s.ID] = true
 			case s.Remembered:
 				line.State = "forgotten"
 			default:
@@ -364,10 +381,91 @@ func (a *app) observe(ctx context.Context, g *collection, w *allocator.Writer, s
 		}
 		out.Suspects = append(out.Suspects, line)
 	}
+	err = ctx.Err()
 	if failed > 0 {
-		return out, &failure{err: fmt.Errorf("%s could not be freed", count(failed, "lease")), hint: "nothing is lost: the next run tries again", code: code}
+		err = &failure{err: fmt.Errorf("%s could not be freed", count(failed, "lease")), hint: "nothing is lost: the next run tries again", code: code}
 	}
-	return out, ctx.Err()
+	if source == "pods" && ctx.Err() == nil {
+		still := slices.DeleteFunc(leases, func(l leak.Lease) bool { return ended[l.ID] })
+		err = first(err, a.giveBack(ctx, g, w, still, out))
+	}
+	return out, err
+}
+
+// giveBack gives back the blocks of nodes whose chain an operator closed and that
+// have not come back, where none of the leases is in them.
+func (a *app) giveBack(ctx context.Context, g *collection, w *allocator.Writer, leases []leak.Lease, out *collected) error {
+	type inSpace struct {
+		space string
+		ip    netip.Addr
+	}
+	leased := []inSpace{}
+	for _, l := range leases {
+		for _, x := range l.Value.Leases {
+			leased = append(leased, inSpace{l.Value.Space, x.Address.Addr()})
+		}
+	}
+	var unused []keyspace.BlockID
+	owner := map[keyspace.BlockID]string{}
+	err := a.lookUp(ctx, func(r *reader) error {
+		// Heads and blocks of one revision: a node that came back before it has a
+		// head that is not closed.
+		closed := map[string]bool{}
+		revision, err := r.eachAt(ctx, 0, r.keys.Writers()+string(entry.KindNode)+"/", func(k keyspace.Key, value []byte) error {
+			var head keyspace.Writer
+			closed[k.Writer.Name] = keyspace.Decode(value, &head) == nil && !head.Closed.IsZero()
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		_, err = r.eachAt(ctx, revision, r.keys.AllBlocks(), func(k keyspace.Key, value []byte) error {
+			var claim keyspace.Block
+			if keyspace.Decode(value, &claim) != nil || !closed[claim.Node] {
+				return nil
+			}
+			if slices.ContainsFunc(leased, func(x inSpace) bool { return x.space == k.Block.Space && k.Block.Prefix.Contains(x.ip) }) {
+				return nil
+			}
+			unused, owner[k.Block] = append(unused, k.Block), claim.Node
+			return nil
+		})
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	failed, code := 0, exitUnknown
+	for _, b := range unused[:min(len(unused), g.most)] {
+		line := blockLine{Block: b.String(), Node: owner[b], State: "unused"}
+		if !g.dry {
+			// Unclaim compares the claim's key, and that no address of the block
+			// changed since it saw none leased; not the head. So a node that came
+			// back since may lose a claim in which it has no lease, which costs
+			// it nothing but a new claim: its own commits compare the key as well.
+			reason := "gc: " + owner[b] + " was removed or replaced"
+			if g.reason != "" {
+				reason = g.reason + "; " + reason
+			}
+			err := w.Unclaim(ctx, b, reason)
+			line.State = "given back"
+			switch {
+			case errors.Is(err, allocator.ErrConflict), errors.Is(err, allocator.ErrNotFound):
+				continue // leased meanwhile, or given back by somebody else
+			case err != nil:
+				line.State, line.Error = "failed", err.Error()
+				failed++
+				if c, _, _ := judge(err); c == exitWrong {
+					code = exitWrong
+				}
+			}
+		}
+		out.Blocks = append(out.Blocks, line)
+	}
+	if failed > 0 {
+		return &failure{err: fmt.Errorf("%s could not be given back", count(failed, "block")), hint: "nothing is lost: the next run tries again", code: code}
+	}
+	return nil
 }
 
 // readPods reads the lists of one cluster or of several.
@@ -495,6 +593,10 @@ func (a *app) showCollected(v *collected, g *collection) error {
 		}
 		t.flush()
 		a.printf("\n")
+	}
+	for _, b := range v.Blocks {
+		text := map[string]string{"unused": "to be given back", "given back": "given back", "failed": "failed: " + b.Error}[b.State]
+		a.printf("block %s of %s, which was removed or replaced: %s\n", printable(b.Block), printable(b.Node), printable(text))
 	}
 	a.printf("%s known to %s (%d listed)", was(v.Known, "lease"), printable(v.Source), v.Listed)
 	if v.Untold > 0 {

@@ -241,10 +241,16 @@ func (r *reader) last(ctx context.Context, heads map[string]string, nodes map[st
 // each calls f for each key below a prefix that this program could have
 // written, at one revision.
 func (r *reader) each(ctx context.Context, prefix string, f func(k keyspace.Key, value []byte) error) error {
-	for from, revision := prefix, int64(0); ; {
+	_, err := r.eachAt(ctx, 0, prefix, f)
+	return err
+}
+
+// eachAt is each at a revision, and says which that was; 0 is the newest.
+func (r *reader) eachAt(ctx context.Context, revision int64, prefix string, f func(k keyspace.Key, value []byte) error) (int64, error) {
+	for from := prefix; ; {
 		g, err := r.client.Get(ctx, from, clientv3.WithRange(keyspace.After(prefix)), clientv3.WithLimit(pageSize), clientv3.WithRev(revision))
 		if err != nil {
-			return fmt.Errorf("%w: reading %s: %w", allocator.ErrUnavailable, prefix, err)
+			return revision, fmt.Errorf("%w: reading %s: %w", allocator.ErrUnavailable, prefix, err)
 		}
 		if revision == 0 {
 			revision = g.Header.Revision
@@ -255,11 +261,11 @@ func (r *reader) each(ctx context.Context, prefix string, f func(k keyspace.Key,
 				continue // 'ledger verify' names it
 			}
 			if err := f(k, kv.Value); err != nil {
-				return err
+				return revision, err
 			}
 		}
 		if !g.More {
-			return nil
+			return revision, nil
 		}
 		from = string(g.Kvs[len(g.Kvs)-1].Key) + "\x00"
 	}
