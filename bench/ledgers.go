@@ -252,7 +252,6 @@ func (n *genNode) step(l *ledger, i int) {
 	if claim {
 		// Written once, so it is kept as it is to be read.
 		b := keyspace.BlockID{Space: space, Pool: pool, Prefix: e.Blocks[0]}
-		n.head.Blocks = append([]string{b.String()}, n.head.Blocks...)
 		n.claims = append(n.claims, one(l.keys.Block(b), keyspace.Block{Node: n.Name, Claim: ref}, n.mod))
 	}
 }

@@ -538,6 +538,9 @@ func (d *doctor) chain(ctx context.Context, st *state, mark *statedir.Mark, key 
 	replace := "'ledger node replace " + node.Name + " --reason …', by an operator"
 	const back = "etcd went back in time: 'ledger recover --help'"
 	switch {
+	case live == nil && slices.Contains(st.unreadable, strings.TrimPrefix(st.keys.Writer(node), st.keys.Prefix())):
+		d.add("chain", fail, replace, "the head of %s cannot be read", node)
+		return
 	case mark == nil && live == nil:
 		return
 	case mark == nil:
@@ -559,10 +562,23 @@ func (d *doctor) chain(ctx context.Context, st *state, mark *statedir.Mark, key 
 		d.add("chain", ok, "", "not opened yet")
 		return
 	case live == nil:
+		if found, err := d.entryAt(ctx, node, mark.Ref()); err == nil && found == mark.Hash.String() {
+			d.add("chain", fail, replace, "the head of %s is gone, and its chain is there", node)
+			return
+		}
 		d.add("chain", fail, back, "etcd has no chain of %s, and entry %d was committed", node, mark.Seq)
+		return
+	case !live.Closed.IsZero() && live.Removed && st.tally(d.now).nodes[node.Name].attachments > 0:
+		d.add("chain", fail, "'ledger node remove "+node.Name+"' once more; or "+replace+", if this machine is to have its leases again", "it was removed by an operator, and some of its leases are still to be ended")
+		return
+	case mark.Recovering && (mark.Seq == 0 || live.Chain == mark.Chain && live.Recover.IsZero()):
+		d.add("chain", fail, "run 'ledger recover node' here", "its recovery has not ended: until then it refuses to allocate")
 		return
 	case !live.Closed.IsZero():
 		d.add("chain", ok, "", "closed by an operator: the next contact opens another")
+		return
+	case live.Disputed != "":
+		d.add("chain", fail, "see which of the two is "+node.Name+", take the other away, then "+replace, "two machines write as %s, or a copy of this directory does", node)
 		return
 	case live.Chain != mark.Chain && mark.Seq > 0:
 		d.add("chain", fail, "another machine has taken its place; if it should not: "+replace, "etcd has chain %s, and this machine's is %s", live.Chain, mark.Chain)
@@ -572,14 +588,7 @@ func (d *doctor) chain(ctx context.Context, st *state, mark *statedir.Mark, key 
 		return
 	}
 	if mark.Seq > 0 {
-		var found string
-		err := d.lookUp(ctx, func(r *reader) error {
-			g, err := r.client.Get(ctx, r.keys.Entry(node, mark.Chain, mark.Seq))
-			if err == nil && len(g.Kvs) == 1 {
-				found = entry.HashOf(g.Kvs[0].Value).String()
-			}
-			return err
-		})
+		found, err := d.entryAt(ctx, node, mark.Ref())
 		if err != nil {
 			d.add("chain", warn, "", "entry %d cannot be read: %v", mark.Seq, err)
 			return
@@ -598,6 +607,19 @@ func (d *doctor) chain(ctx context.Context, st *state, mark *statedir.Mark, key 
 		return
 	}
 	d.add("chain", ok, "", "%s, as the mark has it", text)
+}
+
+// entryAt is the hash of the entry that etcd has where one is said to be; empty
+// where there is none.
+func (d *doctor) entryAt(ctx context.Context, w entry.Writer, at entry.Ref) (hash string, err error) {
+	err = d.lookUp(ctx, func(r *reader) error {
+		g, err := r.client.Get(ctx, r.keys.Entry(w, at.Chain, at.Seq))
+		if err == nil && len(g.Kvs) == 1 {
+			hash = entry.HashOf(g.Kvs[0].Value).String()
+		}
+		return err
+	})
+	return hash, err
 }
 
 // holdings compares what this node's attachments were told with what etcd has.

@@ -284,10 +284,20 @@ func (a *app) collect(ctx context.Context, g *collection) error {
 	return errors.Join(err, a.showCollected(out, g))
 }
 
-// observe makes one observation, frees what is proven leaked, and writes the
-// rest down for the next.
-func (a *app) observe(ctx context.Context, g *collection, w *allocator.Writer, source string) (*collected, error) {
-	out := &collected{Dry: g.dry, Grace: g.grace.String(), Suspects: []suspectLine{}, Blocks: []blockLine{}}
+// survey is one look at the leases and at a list of what exists.
+type survey struct {
+	source string // how the record calls the list
+	listed int
+	list   leak.List
+	at     leak.Moment
+	leases []leak.Lease
+	found  leak.Findings
+}
+
+// survey looks once, and unless it is a dry run notes what it saw for the next time:
+// before anything is freed, so that a process that dies then has looked all the same.
+func (a *app) survey(ctx context.Context, g *collection, w *allocator.Writer, source string) (*survey, error) {
+	out := new(survey)
 	// A list that bears no time is taken for as old as this: who makes one for a
 	// pipe may have begun when we did.
 	began, err := a.boot()
@@ -296,31 +306,30 @@ func (a *app) observe(ctx context.Context, g *collection, w *allocator.Writer, s
 	}
 	// The leases first: what comes into being after this is on the list, or at
 	// least not among them.
-	leases, err := a.leases(ctx, w, source == "runtime")
-	if err != nil {
+	if out.leases, err = a.leases(ctx, w, source == "runtime"); err != nil {
 		return nil, err
 	}
 	look := leak.Look{Source: source}
 	if look.At, err = a.boot(); err != nil {
 		return nil, err
 	}
-	var list leak.List
+	out.at = look.At
 	var from []given
 	if source == "runtime" {
 		ids, name, it, err := g.runtime.read(ctx, a)
 		if err != nil {
 			return nil, err
 		}
-		list, from, out.Listed, out.Source = ids, []given{it}, len(ids), name
+		out.list, from, out.listed, out.source = ids, []given{it}, len(ids), name
 		if g.all {
-			list = leak.All(ids)
+			out.list = leak.All(ids)
 		}
 	} else {
 		var pods *leak.Pods
 		if pods, from, err = a.readPods(g.pods); err != nil {
 			return nil, err
 		}
-		list, out.Listed, out.Source = pods, pods.Len(), "the list of pods"
+		out.list, out.listed, out.source = pods, pods.Len(), "the list of pods"
 	}
 	for _, x := range from {
 		taken := leak.Taken{Moment: began, Name: x.name, Sum: x.sum}
@@ -331,24 +340,33 @@ func (a *app) observe(ctx context.Context, g *collection, w *allocator.Writer, s
 		}
 		look.Lists = append(look.Lists, taken)
 	}
-	found, memory, err := w.Dir.Suspects().Judge(look, leases, list, g.grace)
-	if err != nil {
+	var memory leak.Memory
+	if out.found, memory, err = w.Dir.Suspects().Judge(look, out.leases, out.list, g.grace); err != nil {
 		return nil, &failure{err: err, hint: "make the list anew, and into a file: its time counts, and what comes from a pipe has none", code: exitUnknown}
 	}
-	out.Known, out.Untold = found.Known, found.Untold
-
-	// Before anything is freed: a process that dies here has observed all the same.
 	if !g.dry {
-		if err := w.Dir.SaveSuspects(memory); err != nil {
-			return nil, err
-		}
+		err = w.Dir.SaveSuspects(memory)
+	}
+	return out, err
+}
+
+// observe looks once and frees what is proven leaked.
+func (a *app) observe(ctx context.Context, g *collection, w *allocator.Writer, source string) (*collected, error) {
+	seen, err := a.survey(ctx, g, w, source)
+	if err != nil {
+		return nil, err
+	}
+	found, leases := seen.found, seen.leases
+	out := &collected{
+		Source: seen.source, Listed: seen.listed, Known: found.Known, Untold: found.Untold,
+		Dry: g.dry, Grace: g.grace.String(), Suspects: []suspectLine{}, Blocks: []blockLine{},
 	}
 	tried, failed, code := 0, 0, exitUnknown
 	ended := map[keyspace.AttachmentID]bool{}
 	for _, s := range found.Suspects {
 		line := suspectLine{
 			Attachment: s.ID, Leases: s.Value.Leases, Pod: s.Value.Pod, PodUID: s.Value.PodUID,
-			Since: s.First.Wall.UTC(), State: "waiting", ago: look.At.Since - s.First.Since,
+			Since: s.First.Wall.UTC(), State: "waiting", ago: seen.at.Since - s.First.Since,
 		}
 		switch {
 		case !s.Leaked:
@@ -405,8 +423,7 @@ func (a *app) giveBack(ctx context.Context, g *collection, w *allocator.Writer, 
 			leased = append(leased, inSpace{l.Value.Space, x.Address.Addr()})
 		}
 	}
-	var unused []keyspace.BlockID
-	owner := map[keyspace.BlockID]string{}
+	var unused []allocator.Claim
 	err := a.lookUp(ctx, func(r *reader) error {
 		// Heads and blocks of one revision: a node that came back before it has a
 		// head that is not closed.
@@ -427,7 +444,7 @@ func (a *app) giveBack(ctx context.Context, g *collection, w *allocator.Writer, 
 			if slices.ContainsFunc(leased, func(x inSpace) bool { return x.space == k.Block.Space && k.Block.Prefix.Contains(x.ip) }) {
 				return nil
 			}
-			unused, owner[k.Block] = append(unused, k.Block), claim.Node
+			unused = append(unused, allocator.Claim{Block: k.Block, Claim: claim.Claim, Node: claim.Node})
 			return nil
 		})
 		return err
@@ -437,13 +454,14 @@ func (a *app) giveBack(ctx context.Context, g *collection, w *allocator.Writer, 
 	}
 	failed, code := 0, exitUnknown
 	for _, b := range unused[:min(len(unused), g.most)] {
-		line := blockLine{Block: b.String(), Node: owner[b], State: "unused"}
+		line := blockLine{Block: b.Block.String(), Node: b.Node, State: "unused"}
 		if !g.dry {
-			// Unclaim compares the claim's key, and that no address of the block
-			// changed since it saw none leased; not the head. So a node that came
-			// back since may lose a claim in which it has no lease, which costs
-			// it nothing but a new claim: its own commits compare the key as well.
-			reason := "gc: " + owner[b] + " was removed or replaced"
+			// Unclaim compares that it is still this claim, and that no address of
+			// the block changed since it saw none leased; not the head. So a node
+			// that came back since may lose a claim of before in which it has no
+			// lease, which costs it nothing but a new claim: its own commits
+			// compare the key as well.
+			reason := "gc: " + b.Node + " was removed or replaced"
 			if g.reason != "" {
 				reason = g.reason + "; " + reason
 			}

@@ -20,6 +20,7 @@ import (
 	"github.com/ipam-ledger/ipam-ledger/pkg/audit/entry"
 	"github.com/ipam-ledger/ipam-ledger/pkg/config"
 	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
+	"github.com/ipam-ledger/ipam-ledger/pkg/statedir"
 )
 
 // imports is what 'import host-local' was told.
@@ -29,7 +30,7 @@ type imports struct {
 	subnets              []string
 	conf, iface          string
 	dry                  bool
-	hold                 int64 // seconds, of --conf
+	cooldown             int64 // seconds, of --conf
 }
 
 func (a *app) importCommand() *cobra.Command {
@@ -41,7 +42,8 @@ func (a *app) importCommand() *cobra.Command {
 		Long: `Record the leases that host-local has made on this node, so that its pods keep
 their addresses when the plugin is changed. DIR is host-local's, usually
 /var/lib/cni/networks/NAME; it is only read. Run it on each node, as root, before
-the network configuration names ipam-ledger. It may be run again.
+the network configuration names ipam-ledger. It may be run again: what is recorded
+already stays as it is, and a lease that has ended since is not brought back.
 
 The subnets, for prefix length and gateway, come from --conf, the node's network
 configuration (a conflist or conf with ranges), or from --subnet; then the gateway
@@ -79,7 +81,7 @@ status is 1: nothing is resolved silently. The others are imported.`,
 type found struct {
 	Attachment keyspace.AttachmentID `json:"attachment"`
 	Leases     []keyspace.Lease      `json:"leases"`
-	Result     string                `json:"result"` // imported, would import, conflict
+	Result     string                `json:"result"` // imported, would import, already, ended, conflict, problem
 	Problem    string                `json:"problem,omitempty"`
 
 	sets  []int // range set of each lease
@@ -116,54 +118,66 @@ func (a *app) runImport(ctx context.Context, im *imports, reason string) error {
 	if err != nil {
 		return err
 	}
-	if !im.dry && len(list) > 0 {
+	var ask []*found
+	var leases []statedir.Holding
+	for _, x := range list {
+		if x.Problem == "" {
+			ask = append(ask, x)
+			leases = append(leases, statedir.Holding{ID: x.Attachment, Value: keyspace.Attachment{Space: im.space, Pool: im.pool, Leases: x.Leases, Cooldown: im.cooldown}})
+		}
+	}
+	if len(ask) > 0 {
 		w, done, err := a.node(true)
 		if err != nil {
 			return err
 		}
 		defer done()
-		for i, x := range list {
-			if x.Problem != "" {
-				continue
-			}
-			err := w.Import(ctx, x.Attachment, keyspace.Attachment{Space: im.space, Pool: im.pool, Leases: x.Leases, Hold: im.hold}, reason)
+		results, err := w.Import(ctx, leases, im.dry, reason)
+		for i, result := range results {
+			x := ask[i]
 			switch {
-			case err == nil:
+			case result == nil && !im.dry:
 				x.Result = "imported"
-			case errors.Is(err, allocator.ErrConflict):
-				x.Result, x.Problem = "conflict", err.Error()
-			default:
-				// What is wrong now is wrong for all that follow.
-				done := slices.IndexFunc(list, func(x *found) bool { return x.Result == "imported" }) >= 0
-				if done {
-					return fmt.Errorf("importing %v, the first %d are done: %w", x.Attachment, i, err)
-				}
-				return fmt.Errorf("importing %v: %w", x.Attachment, err)
+			case errors.Is(result, allocator.ErrBefore):
+				x.Result = "already"
+			case errors.Is(result, allocator.ErrEnded):
+				x.Result = "ended"
+			case result != nil:
+				x.Result, x.Problem = "conflict", result.Error()
 			}
+		}
+		if err != nil {
+			if n := len(results); n > 0 && !im.dry {
+				return fmt.Errorf("importing stopped, the first %d are done: %w", n, err)
+			}
+			return fmt.Errorf("importing: %w", err)
 		}
 	}
 	return a.showImport(im, list, problems)
 }
 
 func (a *app) showImport(im *imports, list []*found, problems []string) error {
-	bad, good := len(problems), 0
+	bad, good, others := len(problems), 0, map[string]int{}
 	for _, x := range list {
-		if x.Problem != "" {
+		switch {
+		case x.Problem != "":
 			bad++
-		} else {
+		case x.Result == "already", x.Result == "ended":
+			others[x.Result]++
+		default:
 			good++
 		}
 	}
-	what := "imported"
+	what, not := "imported", "not imported"
 	if im.dry {
-		what = "would be imported"
+		what, not = "would be imported", "would not be imported"
 	}
 	end := func() error {
 		if bad == 0 {
 			return nil
 		}
 		return refuse("find out which pod really has the address; remove the files of those that are gone, and run it again",
-			"%s of %s not %s", count(bad, "problem"), im.dir, what)
+			"%s of %s %s", count(bad, "problem"), im.dir, not)
 	}
 	if done, err := a.structured(struct {
 		Attachments []*found `json:"attachments"`
@@ -187,8 +201,13 @@ func (a *app) showImport(im *imports, list []*found, problems []string) error {
 				container = container[:12] + "…"
 			}
 			result := x.Result
-			if x.Problem != "" {
+			switch {
+			case x.Problem != "":
 				result = "PROBLEM: " + x.Problem
+			case result == "already":
+				result = "recorded already"
+			case result == "ended":
+				result = "ended since: left alone"
 			}
 			var ips []netip.Prefix
 			for _, l := range x.Leases {
@@ -201,7 +220,14 @@ func (a *app) showImport(im *imports, list []*found, problems []string) error {
 	for _, p := range problems {
 		a.printf("PROBLEM: %s\n", printable(p))
 	}
-	a.printf("%s %s, %s\n", count(good, "attachment"), what, count(bad, "problem"))
+	a.printf("%s %s, ", count(good, "attachment"), what)
+	if n := others["already"]; n > 0 {
+		a.printf("%d recorded already, ", n)
+	}
+	if n := others["ended"]; n > 0 {
+		a.printf("%d ended since, ", n)
+	}
+	a.printf("%s\n", count(bad, "problem"))
 	return end()
 }
 
@@ -238,7 +264,7 @@ func ranges(im *imports) (rangeSets, error) {
 		if im.space == "" {
 			im.space = n.Space
 		}
-		im.hold = int64(n.Cooldown / time.Second)
+		im.cooldown = int64(n.Cooldown / time.Second)
 		if len(im.subnets) == 0 {
 			if len(n.RangeSets) == 0 {
 				return nil, usage("%s names pool %s and has no ranges: say the subnets with --subnet", im.conf, n.Pool)
@@ -367,6 +393,9 @@ func readHostLocal(im *imports, node string, sets rangeSets) (list []*found, pro
 			x.Problem = fmt.Sprintf("%v is in none of the subnets", ip)
 		} else {
 			lease = keyspace.Lease{Address: netip.PrefixFrom(ip, r.Subnet.Bits()), Gateway: r.Gateway}
+			if span := netipx.IPRangeFrom(r.Start, r.End); span.Contains(ip) {
+				lease.Range = span
+			}
 			if p := netipx.RangeOfPrefix(r.Subnet); ip == r.Gateway || ip.Is4() && (ip == p.From() || ip == p.To()) && r.Subnet.Bits() < 31 {
 				x.Problem = fmt.Sprintf("%v is the gateway, network or broadcast address of %v", ip, r.Subnet)
 			}

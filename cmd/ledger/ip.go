@@ -364,8 +364,8 @@ func (a *app) showHistories(ip netip.Addr, space string, list []*history) error 
 			a.printf("%v%s is held by %s on %s since %s%s\n", ip, where, l.holder(), l.Node, stamp(l.Time), a.doubt(t))
 		case len(h.Tenures) == 0 && h.Live == nil:
 			a.printf("%v%s was never held\n", ip, where)
-		case h.Live != nil && h.Live.HeldUntil != nil && h.Live.HeldUntil.After(a.now()):
-			a.printf("%v%s is free, and not to be handed out before %s\n", ip, where, stamp(*h.Live.HeldUntil))
+		case h.Live != nil && h.Live.Cooling(a.now()):
+			a.printf("%v%s is free, and not to be handed out before %s\n", ip, where, stamp(h.Live.Until()))
 		default:
 			a.printf("%v%s is free\n", ip, where)
 		}

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -14,7 +13,6 @@ import (
 	"github.com/ipam-ledger/ipam-ledger/pkg/allocator"
 	"github.com/ipam-ledger/ipam-ledger/pkg/audit/entry"
 	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
-	"github.com/ipam-ledger/ipam-ledger/pkg/leak"
 )
 
 func (a *app) nodeCommands() *cobra.Command {
@@ -56,11 +54,11 @@ Make sure that no second machine runs under that name.`,
 			return usage("%w", err)
 		}
 		return a.asOperator(func(w *allocator.Writer) error {
-			ref, err := w.Replace(cmd.Context(), lost, *reason)
+			ref, err := w.Replace(cmd.Context(), allocator.Replacement{Writer: lost}, *reason)
 			if err != nil {
 				return err
 			}
-			a.printf("%s may open a new chain; its old one, %s, ends at entry %d\n", lost, ref.Chain, ref.Seq)
+			a.printf("%s may open a new chain; its old one, %s, ends at entry %d\n", lost, ref.Last.Chain, ref.Last.Seq)
 			return nil
 		})
 	}
@@ -157,21 +155,12 @@ func (a *app) listNodes(ctx context.Context, r *reader) ([]listedNode, error) {
 		n := node(k.Writer.Name)
 		var w keyspace.Writer
 		if err := keyspace.Decode(value, &w); err != nil {
-			n.State = "unreadable: run 'ledger verify'"
+			n.State = "head unreadable: 'ledger node replace' makes it anew"
 			return nil
 		}
 		n.Head, n.Epoch, n.Machine = w.Head(), w.Epoch, w.Machine
 		heads[r.keys.Entry(k.Writer, w.Chain, w.Seq)] = n.Node
-		switch {
-		case !w.Closed.IsZero():
-			n.State = "closed: removed or replaced"
-		case w.Epoch < meta.Epoch:
-			n.State = "not recovered"
-		case meta.Recovering && w.Recover.IsZero():
-			n.State = "recovering"
-		default:
-			n.State = "ok"
-		}
+		n.State = standing(&w, meta.Epoch, meta.Recovering)
 		return nil
 	})
 	if err == nil {
@@ -209,6 +198,23 @@ func (a *app) listNodes(ctx context.Context, r *reader) ([]listedNode, error) {
 	}
 	slices.SortFunc(out, func(a, b listedNode) int { return strings.Compare(a.Node, b.Node) })
 	return out, nil
+}
+
+// standing is what a node's head says about it.
+func standing(w *keyspace.Writer, epoch uint64, recovering bool) string {
+	switch {
+	case !w.Closed.IsZero() && w.Removed:
+		return "removed"
+	case !w.Closed.IsZero():
+		return "replaced: opens a new chain at its next contact"
+	case w.Disputed != "":
+		return "REFUSED: two machines write as it ('ledger verify')"
+	case w.Epoch < epoch:
+		return fmt.Sprintf("not recovered: in epoch %d", w.Epoch)
+	case recovering && w.Recover.IsZero():
+		return "recovering"
+	}
+	return "ok"
 }
 
 // last reads the heads' times, many at a time.
@@ -314,11 +320,12 @@ func (a *app) nodeRemove() *cobra.Command {
 		Short: "Remove a machine that never comes back",
 		Long: `Close a node's chain, release every lease it has, and give its blocks back: for a
 machine that never comes back. What it wrote stays on the record. It shows what there
-is, and asks.
+is, and asks. Run it again if it was cut short.
 
-If it does come back, what it signs with its old chain is refused. With pods that it
-remembers it answers 104 until 'ledger recover node' has been run on it, which lists those
-whose addresses others have by then; without, it opens a new chain at its next pod.`,
+If it does come back, what it signs with its old chain is refused, and it answers 104
+while a lease of it is still to be ended. With pods that it remembers it answers 104 until
+'ledger recover node' has been run on it, which lists those whose leases were ended here;
+without, it opens a new chain at its next pod.`,
 		Args: args(1, 1, "a node's name"), Annotations: formats("table,json,yaml"),
 	}
 	reason := f.flags(c)
@@ -348,41 +355,23 @@ func (a *app) sayFarewell(ctx context.Context, f *farewell) error {
 			return err
 		}
 	}
-	var known bool
-	var value keyspace.Writer
+	var has *allocator.Belongings
 	var last time.Time
-	var leases []leak.Lease
-	var blocks []keyspace.BlockID
-	look := func() error {
-		return a.lookUp(ctx, func(r *reader) (err error) {
-			if known, err = r.value(ctx, r.keys.Writer(w), &value); err != nil {
-				return err
-			}
-			if known {
-				name := map[string]string{r.keys.Entry(w, value.Chain, value.Seq): f.node}
-				n := &listedNode{}
-				if err := r.last(ctx, name, map[string]*listedNode{f.node: n}); err != nil {
-					return err
-				}
-				last = n.Last
-			}
-			if leases, err = a.attachments(ctx, r, r.keys.NodeAttachments(f.node)); err != nil {
-				return err
-			}
-			blocks = blocks[:0]
-			return r.each(ctx, r.keys.AllBlocks(), func(k keyspace.Key, v []byte) error {
-				var b keyspace.Block
-				if keyspace.Decode(v, &b) == nil && b.Node == f.node {
-					blocks = append(blocks, k.Block)
-				}
-				return nil
-			})
+	err := a.asOperator(func(op *allocator.Writer) (err error) {
+		if has, err = op.Belongings(ctx, f.node); err != nil || has.Head == nil {
+			return err
+		}
+		return a.lookUp(ctx, func(r *reader) error {
+			n := &listedNode{}
+			err := r.last(ctx, map[string]string{r.keys.Entry(w, has.Head.Chain, has.Head.Seq): f.node}, map[string]*listedNode{f.node: n})
+			last = n.Last
+			return err
 		})
-	}
-	if err := look(); err != nil {
+	})
+	if err != nil {
 		return err
 	}
-	if !known && len(leases) == 0 && len(blocks) == 0 {
+	if has.Nothing() {
 		return refuse("'ledger node list' lists the nodes", "etcd knows no node %s", f.node)
 	}
 	what := "drain"
@@ -394,15 +383,22 @@ func (a *app) sayFarewell(ctx context.Context, f *farewell) error {
 	if !last.IsZero() {
 		fmt.Fprintf(&b, "last entry   %s, %s ago by its clock\n", stamp(last), span(a.now().Sub(last)))
 	}
-	fmt.Fprintf(&b, "attachments  %d\n", len(leases))
-	for i, l := range leases {
+	if has.Spoilt != nil {
+		fmt.Fprintf(&b, "head         cannot be read: %s\n", printable(has.Spoilt.Error()))
+	}
+	fmt.Fprintf(&b, "attachments  %d\n", len(has.Leases))
+	for i, l := range has.Leases {
 		if i == 10 {
-			fmt.Fprintf(&b, "             and %d more\n", len(leases)-i)
+			fmt.Fprintf(&b, "             and %d more\n", len(has.Leases)-i)
 			break
+		}
+		if l.Spoilt != nil {
+			fmt.Fprintf(&b, "             %s, which cannot be read\n", l.ID)
+			continue
 		}
 		fmt.Fprintf(&b, "             %s  %s\n", printable(addressText(l.Value.Leases)), printable(podText(l.Value.Pod, l.Value.PodUID)))
 	}
-	fmt.Fprintf(&b, "blocks       %d\n", len(blocks))
+	fmt.Fprintf(&b, "blocks       %d\n", len(has.Claims))
 	if f.dry {
 		a.printf("%snothing was done (--dry-run)\n", b.String())
 		return nil
@@ -417,42 +413,25 @@ func (a *app) sayFarewell(ctx context.Context, f *farewell) error {
 		}
 	}
 	out := farewelled{Node: f.node, Released: []keyspace.AttachmentID{}, Blocks: []string{}, Kept: []string{}}
-	err := a.asOperator(func(op *allocator.Writer) error {
-		if f.remove && known {
-			// First, so that nothing it still does adds to what is released.
-			ref, err := op.Replace(ctx, w, f.reason)
-			if err != nil {
-				return err
-			}
-			out.Closed = ref
-			if err := look(); err != nil {
-				return err
-			}
+	err = a.asOperator(func(op *allocator.Writer) error {
+		ended, err := op.End(ctx, has, f.remove, f.reason)
+		out.Closed, out.Released = ended.Closed, append(out.Released, ended.Released...)
+		for _, b := range ended.Blocks {
+			out.Blocks = append(out.Blocks, b.String())
 		}
-		for _, l := range leases {
-			if err := op.ReleaseLease(ctx, l.ID, l.Value.Acquire, f.reason); err != nil && !errors.Is(err, allocator.ErrNotFound) {
-				return fmt.Errorf("releasing %v: %w", l.ID, err)
-			}
-			out.Released = append(out.Released, l.ID)
+		for _, b := range ended.Kept {
+			out.Kept = append(out.Kept, b.String())
 		}
-		for _, b := range blocks {
-			switch err := op.Unclaim(ctx, b, f.reason); {
-			case errors.Is(err, allocator.ErrNotFound):
-			case errors.Is(err, allocator.ErrConflict):
-				out.Kept = append(out.Kept, b.String())
-			case err != nil:
-				return fmt.Errorf("giving block %v back: %w", b, err)
-			default:
-				out.Blocks = append(out.Blocks, b.String())
-			}
-		}
-		return nil
+		return err
 	})
 	if done, serr := a.structured(out); done {
 		return first(err, serr)
 	}
-	if !out.Closed.IsZero() {
+	switch {
+	case !out.Closed.IsZero():
 		a.printf("closed      chain %s at entry %d\n", out.Closed.Chain, out.Closed.Seq)
+	case f.remove && err == nil:
+		a.printf("closed      nothing: %s has no chain\n", f.node)
 	}
 	a.printf("released    %s\n", count(len(out.Released), "attachment"))
 	a.printf("given back  %s\n", count(len(out.Blocks), "block"))

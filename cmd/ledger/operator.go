@@ -6,9 +6,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -16,6 +19,7 @@ import (
 	"github.com/ipam-ledger/ipam-ledger/pkg/allocator"
 	"github.com/ipam-ledger/ipam-ledger/pkg/audit/entry"
 	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
+	"github.com/ipam-ledger/ipam-ledger/pkg/leak"
 )
 
 // reasonFlag adds --reason. Where it is needed, need says whether it is given.
@@ -228,9 +232,14 @@ one more, and each node must run 'ledger recover node' before it allocates again
 			return err
 		}
 		return a.asOperator(func(w *allocator.Writer) error {
-			meta, err := w.RecoverStart(cmd.Context(), epoch, *startReason)
+			meta, began, err := w.RecoverStart(cmd.Context(), epoch, *startReason)
 			if err != nil {
 				return err
+			}
+			if !began {
+				a.printf("a recovery is under way already, epoch %d; nothing was changed\n", meta.Epoch)
+				a.say("if etcd was restored once more since: 'ledger recover start --epoch %d'", meta.Epoch+1)
+				return nil
 			}
 			a.printf("frozen, epoch %d: now run 'ledger recover node' on each node, then 'ledger thaw --nodes FILE'\n", meta.Epoch)
 			return nil
@@ -245,17 +254,29 @@ put back. An address that it holds and etcd gives to another is a conflict: it i
 listed, nothing is resolved, and the exit status is 1. Run it again once the other
 node has recovered, too.
 
-What it holds is in its state directory. Where that was lost (after 'ledger node
-replace'), or to be sure, ask the runtime with --cri or give its list with
---containers ('crictl pods -q --no-trunc --state ready'): what does not run is let go,
-and what runs keeps the address that etcd says it has.`,
+What it holds is in its state directory. What an operator, or anybody on the record,
+has ended since is not put back. Where the directory was lost (after 'ledger node
+replace'), ask the runtime with --cri or give its list with --containers: what it knows
+keeps the address that etcd says it has. What it does not know is let go once that is
+proven as for 'ledger gc': by two lists that are --grace apart. So while there are
+conflicts run it again; where there is none the node is recovered at once, and 'ledger
+gc' frees the rest later.
+
+A node that is recovered already is left as it is, whatever runs on it.`,
 		Args:        args(0, 0, ""),
 		Annotations: formats("table,json,yaml"),
 	}
 	nodeReason := reasonFlag(node)
-	var runtime runtimeList
-	runtime.flags(node)
-	node.RunE = func(cmd *cobra.Command, _ []string) error { return a.recoverNode(cmd.Context(), &runtime, *nodeReason) }
+	g := new(collection)
+	g.runtime.flags(node)
+	node.Flags().DurationVar(&g.grace, "grace", 5*time.Minute, "for how long a lease must have been off the list: a `duration`")
+	node.Flags().BoolVar(&g.all, "all", false, "judge leases that name no pod, too: only where all sandboxes of this node are on the list")
+	node.RunE = func(cmd *cobra.Command, _ []string) error {
+		if g.grace < 0 {
+			return usage("--grace %v: want a time from 0", g.grace)
+		}
+		return a.recoverNode(cmd.Context(), g, *nodeReason)
+	}
 	c.AddCommand(start, node)
 	return c
 }
@@ -265,7 +286,10 @@ type recovered struct {
 	Node      string                  `json:"node"`
 	Epoch     uint64                  `json:"epoch"`
 	Done      bool                    `json:"done"`
+	Before    bool                    `json:"before"` // there was nothing to do
 	Kept      int                     `json:"kept"`
+	Unknown   int                     `json:"unknown"` // of these the runtime does not know, not for long enough yet
+	Ended     []keyspace.AttachmentID `json:"ended"`   // what the record has ended, and the node still held
 	Asserted  []keyspace.AttachmentID `json:"asserted"`
 	Released  []keyspace.AttachmentID `json:"released"`
 	Conflicts []recoveredConflict     `json:"conflicts"`
@@ -277,27 +301,93 @@ type recoveredConflict struct {
 	Reason     string                `json:"reason"`
 }
 
-func (a *app) recoverNode(ctx context.Context, runtime *runtimeList, reason string) error {
-	var runs func(keyspace.AttachmentID) bool
-	if runtime.given() {
-		ids, _, _, err := runtime.read(ctx, a)
-		if err != nil {
+// known is the runtime's list, with what is proven to be leaked by now.
+type known struct {
+	list   leak.List
+	leaked map[keyspace.AttachmentID]entry.Ref
+}
+
+func (k *known) Knows(id keyspace.AttachmentID) bool {
+	has, _ := k.list.Has(&leak.Lease{ID: id})
+	return has
+}
+
+func (k *known) Leaked(id keyspace.AttachmentID, acquire entry.Ref) bool {
+	return k.leaked[id] == acquire
+}
+
+const noNode = "run it on a node. A machine that never had a pod has nothing to recover: leave it out of the list for 'ledger thaw'"
+
+// startsAnew refuses to make the state directory of a node that may not open a new
+// chain: a mistyped directory, or a machine that is no node, is left as it is.
+func (a *app) startsAnew(ctx context.Context, node, dir string) error {
+	return a.lookUp(ctx, func(r *reader) error {
+		var head keyspace.Writer
+		w := entry.Writer{Kind: entry.KindNode, Name: node}
+		found, err := r.value(ctx, r.keys.Writer(w), &head)
+		switch {
+		case errors.Is(err, allocator.ErrUnavailable):
+			return err
+		case !found && err == nil:
+			return refuse(noNode, "%s has never written, and state directory %s does not exist: it has nothing to recover", w, dir)
+		case err != nil || head.Closed.IsZero():
+			return refuse("is it another one? Name it with --state-dir. If it was lost: 'ledger node replace "+node+"', by an operator, then this again",
+				"%s has a chain, and its state directory %s does not exist", w, dir)
+		}
+		return nil
+	})
+}
+
+func (a *app) recoverNode(ctx context.Context, g *collection, reason string) error {
+	s, err := a.settings()
+	if err != nil {
+		return err
+	}
+	if _, err := os.Stat(s.StateDir); errors.Is(err, fs.ErrNotExist) && s.Node != "" {
+		if err := a.startsAnew(ctx, s.Node, s.StateDir); err != nil {
 			return err
 		}
-		runs = func(id keyspace.AttachmentID) bool { return ids[id.Container] }
 	}
 	w, done, err := a.node(true)
 	if err != nil {
 		return err
 	}
 	defer done()
-	r, rerr := w.Recover(ctx, runs, reason)
+	_, due, err := w.Enter(ctx)
+	if errors.Is(err, allocator.ErrNotFound) {
+		return &failure{err: err, hint: noNode, code: exitWrong}
+	} else if err != nil {
+		return err
+	}
+	var runtime allocator.Runtime
+	unknown := 0
+	if due && g.runtime.given() {
+		// Only now: what is leased to this node is from before, and no ADD adds to it.
+		seen, err := a.survey(ctx, g, w, "runtime")
+		if err != nil {
+			return err
+		}
+		k := &known{seen.list, map[keyspace.AttachmentID]entry.Ref{}}
+		for _, x := range seen.found.Suspects {
+			if x.Leaked {
+				k.leaked[x.ID] = x.Value.Acquire
+			} else {
+				unknown++
+			}
+		}
+		runtime = k
+	}
+	r, rerr := w.Recover(ctx, runtime, reason)
 	if r == nil {
 		return rerr
 	}
 	v := recovered{
-		Node: w.Config.Writer.Name, Epoch: r.Epoch, Done: r.Done, Kept: r.Kept, Asserted: r.Asserted, Released: r.Released,
-		Conflicts: []recoveredConflict{},
+		Node: w.Config.Writer.Name, Epoch: r.Epoch, Done: r.Done, Before: r.Before, Kept: r.Kept, Unknown: unknown,
+		Asserted: append([]keyspace.AttachmentID{}, r.Asserted...), Released: append([]keyspace.AttachmentID{}, r.Released...),
+		Ended: []keyspace.AttachmentID{}, Conflicts: []recoveredConflict{},
+	}
+	for _, h := range r.Ended {
+		v.Ended = append(v.Ended, h.ID)
 	}
 	for _, c := range r.Conflicts {
 		v.Conflicts = append(v.Conflicts, recoveredConflict{c.Holding.ID, c.Holding.Value.Leases, c.Reason})
@@ -310,10 +400,17 @@ func (a *app) recoverNode(ctx context.Context, runtime *runtimeList, reason stri
 		return err
 	}
 	for _, id := range v.Released {
-		a.printf("released  %s\n", id)
+		why := ""
+		if v.Before {
+			why = ": its release was queued"
+		}
+		a.printf("released  %s%s\n", id, why)
 	}
 	for _, id := range v.Asserted {
 		a.printf("put back  %s\n", id)
+	}
+	for _, h := range r.Ended {
+		a.printf("ended     %s: its lease of %s was ended on the record; a pod that still runs has no address of its own: delete it\n", h.ID, addressText(h.Value.Leases))
 	}
 	for _, c := range v.Conflicts {
 		a.printf("%s  %s: %s\n", a.paint(red, "conflict"), c.Attachment, c.Reason)
@@ -321,9 +418,20 @@ func (a *app) recoverNode(ctx context.Context, runtime *runtimeList, reason stri
 	if rerr != nil {
 		return rerr
 	}
+	if v.Before {
+		a.printf("%s, epoch %d: recovered already, or it never had to be: its leases stay as they are\n", v.Node, v.Epoch)
+		return nil
+	}
 	a.printf("%s, epoch %d: %d kept, %d put back, %d released, %s\n", v.Node, v.Epoch, v.Kept, len(v.Asserted), len(v.Released), count(len(v.Conflicts), "conflict"))
+	if unknown > 0 {
+		how := "'ledger gc' frees them, once they are proven to be nobody's"
+		if !v.Done {
+			how = fmt.Sprintf("run this again in %v or later, with a list that was made then, to let them go", g.grace)
+		}
+		a.say("the runtime does not know %s of these: %s", count(unknown, "lease"), how)
+	}
 	if !v.Done {
-		return refuse("if the other holder is a node that has not recovered yet, run 'ledger recover node' there, then here again; else delete one of the two pods",
+		return refuse("if the other holder is a node that has not recovered yet, run 'ledger recover node' there, then here again; else delete one of the two pods and run it again on its node, or end the lease of one with 'ledger release'",
 			"%s is not recovered: %s left", v.Node, count(len(v.Conflicts), "conflict"))
 	}
 	return nil
@@ -337,8 +445,15 @@ func (a *app) unclaim() *cobra.Command {
 		Example: "  ledger unclaim default/prod/10.22.7.64/26 --reason 'worker-3 is gone'",
 		Args:    args(1, 1, "a block, SPACE/POOL/PREFIX"),
 	}
+	var node string
+	c.Flags().StringVar(&node, "of", "", "the `node` whose block it is by the record, where its key cannot be read ('ledger verify' says whose)")
 	reason := reasonFlag(c)
 	c.RunE = func(cmd *cobra.Command, args []string) error {
+		if node != "" {
+			if err := entry.ValidateName("--of", node); err != nil {
+				return usage("%w", err)
+			}
+		}
 		p := strings.SplitN(args[0], "/", 3)
 		if len(p) != 3 {
 			return usage("%q is no block: want SPACE/POOL/PREFIX, as 'ledger show --blocks' prints them", args[0])
@@ -354,7 +469,7 @@ func (a *app) unclaim() *cobra.Command {
 			}
 		}
 		return a.asOperator(func(w *allocator.Writer) error {
-			err := w.Unclaim(cmd.Context(), b, *reason)
+			err := w.Unclaim(cmd.Context(), allocator.Claim{Block: b, Node: node}, *reason)
 			if errors.Is(err, allocator.ErrNotFound) {
 				return refuse("'ledger show --blocks' lists the blocks", "nobody has claimed block %s", b)
 			} else if err != nil {
@@ -399,6 +514,8 @@ pod that gets it collides with it.`,
 		ctx := cmd.Context()
 		var id keyspace.AttachmentID
 		var value keyspace.Attachment
+		var address keyspace.Address // that names it, where one was given
+		var spoilt error             // what is wrong with the attachment's key
 		err := a.lookUp(ctx, func(r *reader) (err error) {
 			if attachment != "" {
 				p := strings.Split(attachment, "/")
@@ -406,14 +523,23 @@ pod that gets it collides with it.`,
 					return usage("--attachment %q: want NODE/NETWORK/CONTAINER/INTERFACE", attachment)
 				}
 				id = keyspace.AttachmentID{Node: p[0], Network: p[1], Container: p[2], Interface: p[3]}
-			} else if id, err = a.holderOf(ctx, r, args[0], space); err != nil {
+			} else if address, err = a.heldAddress(ctx, r, args[0], space); err != nil {
 				return err
+			} else {
+				id = *address.Holder
 			}
 			found, err := r.value(ctx, r.keys.Attachment(id), &value)
-			if err == nil && !found {
-				err = refuse("'ledger show --leases -o wide' lists them", "attachment %v holds nothing", id)
+			switch {
+			case errors.Is(err, allocator.ErrUnavailable):
+				return err
+			case err != nil:
+				spoilt, value = err, keyspace.Attachment{}
+			case !found && address.Holder == nil:
+				return refuse("'ledger show --leases -o wide' lists them; where an address still names it: 'ledger release ADDRESS'", "attachment %v holds nothing", id)
+			case !found:
+				spoilt = errors.New("its key is gone, and the address still names it")
 			}
-			return err
+			return nil
 		})
 		if err != nil {
 			return err
@@ -427,7 +553,11 @@ pod that gets it collides with it.`,
 		for _, l := range value.Leases {
 			fmt.Fprintf(&b, "address    %s in space %s, pool %s\n", l.Address.Addr(), value.Space, value.Pool)
 		}
-		fmt.Fprintf(&b, "acquired   by entry %s\n", value.Acquire)
+		if spoilt != nil {
+			fmt.Fprintf(&b, "spoilt     %s; the lease is ended by what is on the record\n", printable(spoilt.Error()))
+		} else {
+			fmt.Fprintf(&b, "acquired   by entry %s\n", value.Acquire)
+		}
 		if dry {
 			a.printf("%s", b.String())
 			a.printf("nothing was released (--dry-run)\n")
@@ -443,8 +573,15 @@ pod that gets it collides with it.`,
 			}
 		}
 		return a.asOperator(func(w *allocator.Writer) error {
-			if err := w.ReleaseLease(ctx, id, value.Acquire, *reason); err != nil {
+			end := w.ReleaseLease
+			if spoilt != nil && address.Holder != nil {
+				end, value.Acquire = w.Lost, address.Acquire
+			}
+			if err := end(ctx, id, value.Acquire, *reason); err != nil {
 				return err
+			}
+			if spoilt != nil {
+				a.printf("released %s\n", id)
 			}
 			for _, l := range value.Leases {
 				a.printf("released %s of %s\n", l.Address.Addr(), id)
@@ -504,33 +641,36 @@ func (r *reader) value(ctx context.Context, key string, v any) (bool, error) {
 	return true, nil
 }
 
-func (a *app) holderOf(ctx context.Context, r *reader, address, space string) (id keyspace.AttachmentID, err error) {
+// heldAddress is the value of an address that somebody holds.
+func (a *app) heldAddress(ctx context.Context, r *reader, address, space string) (v keyspace.Address, err error) {
 	ip, err := parseAddress(address)
 	if err != nil {
-		return id, err
+		return v, err
 	}
 	if err := entry.ValidateName("--space", space); err != nil {
-		return id, usage("%w", err)
+		return v, usage("%w", err)
 	}
-	var v keyspace.Address
 	found, err := r.value(ctx, r.keys.Address(space, ip), &v)
-	if err != nil {
-		return id, err
+	if errors.Is(err, allocator.ErrUnavailable) {
+		return v, err
+	} else if err != nil {
+		return v, refuse("'ledger log --address "+ip.String()+" -o wide' says who has it by the record; then 'ledger release --attachment NODE/NETWORK/CONTAINER/INTERFACE'", "%w", err)
 	}
 	if found && v.State == keyspace.Leased && v.Holder != nil {
-		return *v.Holder, nil
+		return v, nil
 	}
+	v = keyspace.Address{}
 	spaces, err := r.spaces(ctx)
 	if err != nil {
-		return id, err
+		return v, err
 	}
 	for _, s := range spaces {
 		var other keyspace.Address
 		if ok, err := r.value(ctx, r.keys.Address(s, ip), &other); err == nil && ok && other.State == keyspace.Leased {
-			return id, refuse("--space "+s, "nobody holds %v in space %s, but somebody does in space %s", ip, space, s)
+			return v, refuse("--space "+s, "nobody holds %v in space %s, but somebody does in space %s", ip, space, s)
 		}
 	}
-	return id, refuse("'ledger ip "+ip.String()+"' shows its history", "nobody holds %v in space %s", ip, space)
+	return v, refuse("'ledger ip "+ip.String()+"' shows its history", "nobody holds %v in space %s", ip, space)
 }
 
 // spaces leaps from one address space to the next.

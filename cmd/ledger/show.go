@@ -90,6 +90,8 @@ type shownNode struct {
 	Head        entry.Ref `json:"head,omitzero"`
 	Closed      bool      `json:"closed,omitempty"`
 	Machine     string    `json:"machine,omitempty"`
+
+	state string
 }
 
 type shownBlock struct {
@@ -204,9 +206,10 @@ func (a *app) showState(st *state, etcd *shownEtcd, certs []shownCert, blocks, l
 		s.Pools, s.Blocks, s.Leased, s.Held, s.Freed = s.Pools+1, s.Blocks+p.Blocks, s.Leased+p.Leased, s.Held+p.Held, s.Freed+p.Freed
 	}
 	for name, n := range t.nodes {
-		s := shownNode{Node: name, Blocks: n.blocks, Attachments: n.attachments, Leased: n.leased}
+		s := shownNode{Node: name, Blocks: n.blocks, Attachments: n.attachments, Leased: n.leased, state: "no chain"}
 		if n.writer != nil {
 			s.Epoch, s.Head, s.Closed, s.Machine = n.writer.Epoch, n.writer.Head(), !n.writer.Closed.IsZero(), n.writer.Machine
+			s.state = standing(n.writer, st.meta.Epoch, st.meta.Recovering)
 		}
 		v.Nodes = append(v.Nodes, s)
 	}
@@ -306,16 +309,7 @@ func (a *app) showText(v *shown) {
 		}
 		t := a.table(headers...)
 		for _, n := range v.Nodes {
-			state := "ok"
-			switch {
-			case n.Head.IsZero():
-				state = "no chain"
-			case n.Closed:
-				state = "closed: opens a new chain at its next contact"
-			case n.Epoch < v.Epoch:
-				state = fmt.Sprintf("not recovered: in epoch %d", n.Epoch)
-			}
-			row := []string{n.Node, fmt.Sprint(n.Blocks), fmt.Sprint(n.Attachments), fmt.Sprint(n.Leased), a.refText(n.Head), state}
+			row := []string{n.Node, fmt.Sprint(n.Blocks), fmt.Sprint(n.Attachments), fmt.Sprint(n.Leased), a.refText(n.Head), n.state}
 			if a.wide() {
 				row = append(row, n.Machine)
 			}

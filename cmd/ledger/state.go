@@ -110,7 +110,7 @@ func (st *state) take(r audit.Record) error {
 
 // held reports whether a free address may not be handed out yet.
 func (at *liveAddress) held(now time.Time) bool {
-	return at.State == keyspace.Free && at.HeldUntil != nil && at.HeldUntil.After(now)
+	return at.Cooling(now)
 }
 
 // use is how a pool, a block or a node stands.

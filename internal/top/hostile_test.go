@@ -37,9 +37,9 @@ func FuzzLedger(f *testing.F) {
 		{"blocks/default/prod/4/000.000.000.000-0", `{"node":"\u001b[2J","claim":"` + ref + `"}`, strings.Repeat("x", 512)},
 		{"blocks/default/prod/6/0000:0000:0000:0000:0000:0000:0000:0000-0", `{"node":"n","claim":"` + ref + `"}`, "\u0085"},
 		{"addresses/default/4/010.022.000.002", `{"state":"leased","pool":"\u001b[2J","holder":{"node":"\u0007","network":"","container":"\n","interface":"\r"},"acquire":"` + ref + `"}`, "日本語"},
-		{"addresses/default/4/010.022.000.003", `{"state":"free","pool":"prod","release":"` + ref + `","heldUntil":"9999-12-31T23:59:59Z"}`, "\t"},
+		{"addresses/default/4/010.022.000.003", `{"state":"free","pool":"prod","release":"` + ref + `","since":"9999-12-31T23:59:59Z","cooldown":86400}`, "\t"},
 		{"attachments/worker-1/prod/c-cart-01/eth0", `{"space":"default","pool":"prod","leases":[{"address":""},{"address":"::ffff:1.2.3.4/1","gateway":"fe80::1%\u001b"}],"acquire":"` + ref + `","pod":"\u001b[2J"}`, "\x00"},
-		{"writers/node/worker-1", `{"chain":"00000000000000000000000000000000","seq":0,"hash":"` + (entry.Hash{}).String() + `","machine":"\u001b[2J","blocks":["\u001b"]}`, "{{.}}"},
+		{"writers/node/worker-1", `{"chain":"00000000000000000000000000000000","seq":0,"hash":"` + (entry.Hash{}).String() + `","machine":"\u001b[2J","boot":"\u001b"}`, "{{.}}"},
 	} {
 		f.Add(x[0], []byte(x[1]), "meta", []byte("{}"), x[2])
 		f.Add(x[0], []byte(x[1]), x[0], []byte("\xff"), x[2])

@@ -322,8 +322,8 @@ func (l *Ledger) applyAddress(c Change) error {
 		a.last, a.holder = v.Acquire, *v.Holder
 		a.holder.Node, a.holder.Network = unique.Make(a.holder.Node).Value(), unique.Make(a.holder.Network).Value()
 		a.holder.Interface = unique.Make(a.holder.Interface).Value()
-	} else if v.HeldUntil != nil {
-		a.until = *v.HeldUntil
+	} else if v.Cooldown != 0 {
+		a.until = v.Until()
 	}
 	l.addresses[at] = a
 	l.count(at, a, 1)
@@ -448,7 +448,6 @@ func (l *Ledger) applyWriter(c Change) error {
 	if err := keyspace.Decode(c.Record.Value, v); err != nil {
 		return err
 	}
-	v.Blocks = nil // a hint for the node itself
 	n.writer = v
 	return nil
 }

@@ -117,8 +117,7 @@ func (f *fixture) free(pool, node, pod, ip string, ago, hold time.Duration) (Lin
 	l := f.line(entry.Release, ago, pool, node, pod, ip)
 	a := keyspace.Address{State: keyspace.Free, Pool: pool, Release: l.Ref}
 	if hold > 0 {
-		until := noon.Add(hold)
-		a.HeldUntil = &until
+		a.Since, a.Cooldown = noon, int64(hold/time.Second)
 	}
 	return l, []Change{
 		f.change(f.keys.Address("default", netip.MustParseAddr(ip)), a),

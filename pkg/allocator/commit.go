@@ -1,10 +1,12 @@
 package allocator
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/ipam-ledger/ipam-ledger/pkg/audit/entry"
 	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
@@ -20,17 +22,16 @@ var errAgain = errors.New("plan again")
 // entries are signed.
 type change struct {
 	entries []*entry.Entry // the op's own fields; the rest is filled in
+	time    time.Time      // of the entries: the clock reading that the plan was made with
 	compare []Compare
+	prepare func(refs []entry.Ref) error // done before anything is sent; no commit where it fails
 	writes  func(refs []entry.Ref) []Write
 	writer  func(w *keyspace.Writer, refs []entry.Ref) // adjusts the writer's value
 }
 
-// maxHints is how many claims the writer's value lists, and maxHint how long one
-// is at most. No hash covers them: what somebody else put there is not carried on.
-const (
-	maxHints = 8
-	maxHint  = 2*entry.MaxName + 64
-)
+// maxBoots is how many boots a mark has at most: those in which the first commit of
+// a chain was sent, and nobody could find out what became of it.
+const maxBoots = 16
 
 // commit signs and sends a change. It returns references to its entries;
 // errAgain after a conflict or an outcome that turned out not to be this
@@ -46,15 +47,15 @@ func (s *session) commit(v *view, c change) ([]entry.Ref, error) {
 	if opens {
 		all = append([]*entry.Entry{s.open(v)}, all...)
 	}
-	w := keyspace.Writer{Chain: s.mark.Chain, Seq: s.mark.Seq, Hash: s.mark.Hash, Machine: s.Machine, Epoch: s.mark.Epoch}
-	if v.writer != nil {
-		w.Blocks = slices.DeleteFunc(slices.Clone(v.writer.Blocks), func(b string) bool { return len(b) > maxHint })
-		w.Blocks = w.Blocks[:min(len(w.Blocks), maxHints)]
-		if !opens {
-			w.Closed, w.Recover = v.writer.Closed, v.writer.Recover
-		}
+	w := keyspace.Writer{
+		Chain: s.mark.Chain, Seq: s.mark.Seq, Hash: s.mark.Hash, Key: s.vkey, Machine: s.Machine, Boot: s.Boot, Epoch: s.mark.Epoch,
 	}
-	w.Key = s.vkey
+	if v.writer != nil && !opens {
+		w.Recover = v.writer.Recover
+	}
+	if c.time.IsZero() {
+		c.time = s.Now()
+	}
 	txn := Txn{If: []Compare{
 		{Key: s.Keys.Meta(), Mod: v.metaMod},
 		{Key: s.Keys.Writer(s.Config.Writer), Mod: v.writerMod},
@@ -65,7 +66,7 @@ func (s *session) commit(v *view, c change) ([]entry.Ref, error) {
 	var refs []entry.Ref
 	for _, e := range all {
 		e.Chain, e.Seq, e.Prev = w.Chain, w.Seq+1, w.Hash
-		e.Time, e.Revision = s.Now().UTC(), v.revision
+		e.Time, e.Revision = c.time.UTC(), v.revision
 		stored, hash, err := entry.Sign(e, s.signer)
 		if err != nil {
 			return nil, err
@@ -75,20 +76,35 @@ func (s *session) commit(v *view, c change) ([]entry.Ref, error) {
 		key := s.Keys.Entry(s.Config.Writer, e.Chain, e.Seq)
 		txn.If = append(txn.If, Compare{Key: key})
 		txn.Then = append(txn.Then, Write{Key: key, Value: stored})
-		for _, b := range e.Blocks {
-			w.Blocks = hint(w.Blocks, keyspace.BlockID{Space: e.Space, Pool: e.Pool, Prefix: b}, e.Op)
-		}
 	}
 	own := refs[len(refs)-len(c.entries):]
+	if c.prepare != nil {
+		if err := c.prepare(own); err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrState, err)
+		}
+	}
 	if c.writer != nil {
 		c.writer(&w, own)
 	}
-	txn.If = append(txn.If, c.compare...)
+	guarded, err := s.guard.compare(s)
+	if err != nil {
+		return nil, err
+	}
+	txn.If = append(append(txn.If, c.compare...), guarded...)
 	txn.Then = append(txn.Then, Write{Key: s.Keys.Writer(s.Config.Writer), Value: keyspace.Encode(w)})
 	if c.writes != nil {
 		txn.Then = append(txn.Then, c.writes(own)...)
 	}
 
+	// Before the head can name this boot, the state directory does.
+	if !slices.Contains(s.mark.Boots, s.Boot) {
+		m := *s.mark
+		m.Boots = append(slices.Clone(m.Boots), s.Boot)
+		m.Boots = m.Boots[max(0, len(m.Boots)-maxBoots):]
+		if err := s.saveMark(m, v.revision, true); err != nil {
+			return nil, err
+		}
+	}
 	// From here until Settled a crash leaves "open", and whoever comes next fences.
 	if err := s.Dir.Begin(w.Hash); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrState, err)
@@ -98,13 +114,25 @@ func (s *session) commit(v *view, c change) ([]entry.Ref, error) {
 	s.step("answered")
 	switch {
 	case errors.Is(err, ErrNotApplied):
-		if serr := s.Dir.Settled(); serr != nil {
-			return nil, fmt.Errorf("%w: %w", ErrState, serr)
+		if serr := s.nothingSent(); serr != nil {
+			return nil, serr
 		}
 		if errors.Is(err, ErrReconnected) {
 			return nil, fmt.Errorf("%w: %w", errAgain, err)
 		}
 		return nil, err
+	case errors.Is(err, ErrDecided):
+		// Nothing of it is under way any more, so that no fence is needed, which
+		// etcd would refuse, too: a linearizable read tells whether it was done.
+		after, lerr := s.look(false)
+		if lerr != nil {
+			return nil, fmt.Errorf("%w: %w; finding out what became of it failed: %w", ErrUnknownOutcome, err, lerr)
+		}
+		if s.mark.Chain != w.Chain || s.mark.Seq < w.Seq || after.writerMod == v.writerMod {
+			return nil, err
+		}
+		s.lost = true
+		return nil, fmt.Errorf("%w: %w, and the commit was done", errAgain, err)
 	case err != nil:
 		s.Log.Warn("a commit's reply was lost", "err", err)
 		s.lost = true
@@ -118,16 +146,14 @@ func (s *session) commit(v *view, c change) ([]entry.Ref, error) {
 		return nil, err // "open" stays: what this etcd says is not to be believed
 	}
 	if !r.Succeeded {
-		if err := s.Dir.Settled(); err != nil {
-			return nil, fmt.Errorf("%w: %w", ErrState, err)
+		if err := s.nothingSent(); err != nil {
+			return nil, err
 		}
 		return nil, fmt.Errorf("%w: something changed in between", errAgain)
 	}
 	// The commit happened. Whoever dies here leaves a mark behind the head, and
 	// "open"; the next one fences, follows the chain and moves the mark.
-	m := *s.mark
-	m.Seq, m.Hash, m.Previous = w.Seq, w.Hash, entry.Ref{}
-	if err := s.saveMark(m, r.Revision, opens); err != nil {
+	if err := s.saveMark(s.mark.At(w.Seq, w.Hash), r.Revision, opens); err != nil {
 		return nil, err
 	}
 	s.step("marked")
@@ -138,18 +164,33 @@ func (s *session) commit(v *view, c change) ([]entry.Ref, error) {
 	return own, nil
 }
 
-// checkReply is whether a commit's reply comes from the etcd that the view came from.
-func (s *session) checkReply(v *view, r *Reply) error {
-	if r.Cluster != v.cluster {
-		return s.stop(fmt.Errorf("%w: its cluster ID changed from %s to %s between a read and a commit", errRollback,
-			keyspace.EtcdClusterID(v.cluster), keyspace.EtcdClusterID(r.Cluster)))
+// nothingSent notes that a commit was not done and never will be. What was sent
+// before it may still be.
+func (s *session) nothingSent() error {
+	if s.unsettled {
+		return nil
 	}
-	// A view may come from a member that is ahead of none: the commit's
-	// revision is never behind it.
-	if r.Revision < v.revision || (r.Succeeded && r.Revision <= v.revision) {
-		return s.stop(fmt.Errorf("%w: its revision went from %d back to %d between a read and a commit", errRollback, v.revision, r.Revision))
+	if err := s.Dir.Settled(); err != nil {
+		return fmt.Errorf("%w: %w", ErrState, err)
 	}
 	return nil
+}
+
+// checkReply is whether a commit's reply comes from the etcd that the view came from.
+func (s *session) checkReply(v *view, r *Reply) error {
+	var found error
+	switch {
+	case r.Cluster != v.cluster:
+		found = fmt.Errorf("%w: its cluster ID changed from %s to %s between a read and a commit", errRollback,
+			keyspace.EtcdClusterID(v.cluster), keyspace.EtcdClusterID(r.Cluster))
+	case r.Revision < v.revision || r.Succeeded && r.Revision <= v.revision:
+		// No member is ahead of the cluster, so a commit comes after every view.
+		found = fmt.Errorf("%w: its revision went from %d back to %d between a read and a commit", errRollback, v.revision, r.Revision)
+	default:
+		return nil
+	}
+	_, err := s.stop(found, v.metaMod)
+	return err
 }
 
 // enroll makes key and mark on first use, durably, before anything is sent.
@@ -161,7 +202,7 @@ func (s *session) enroll(v *view) error {
 	if err != nil {
 		return err
 	}
-	return s.newMark(v, skey, entry.Ref{}, false)
+	return s.newMark(v, statedir.Mark{}, skey)
 }
 
 // ownKey is the writer's key. It is made where there is none; one without a mark
@@ -188,34 +229,67 @@ func (s *session) newKey() (string, error) {
 	return skey, nil
 }
 
-// newMark starts a chain: a mark of seq 0 has no entry to miss.
-func (s *session) newMark(v *view, skey string, previous entry.Ref, recovering bool) error {
+// newMark starts a chain: a mark of seq 0 has no entry to miss. m has what is
+// carried over from the one before.
+func (s *session) newMark(v *view, m statedir.Mark, skey string) error {
 	if err := s.useKey(skey); err != nil {
 		return fmt.Errorf("%w: %w", ErrIntegrity, err)
 	}
 	s.broken = nil
 	return s.saveMark(statedir.Mark{
 		Writer: s.Config.Writer.String(), Machine: s.Machine, Cluster: v.meta.Cluster, EtcdCluster: v.meta.EtcdCluster,
-		Epoch: v.meta.Epoch, Chain: entry.NewChainID(), Revision: v.revision, Previous: previous, Recovering: recovering, Boot: s.Boot,
+		Epoch: v.meta.Epoch, Chain: entry.NewChainID(), Boot: s.Boot, Boots: []string{s.Boot},
+		Previous: m.Previous, Recovering: m.Recovering, Proposed: m.Proposed,
 	}, v.revision, true)
 }
 
 // startAnew gives a writer that an operator's close lets start again a new key
 // and a new chain.
 func (s *session) startAnew(v *view) error {
+	if s.Config.Writer.Kind != entry.KindNode {
+		skey, err := s.newKey()
+		if err != nil {
+			return err
+		}
+		s.Log.Warn("an operator replaced this writer: a new chain is opened", "closed", v.writer.Closed)
+		return s.newMark(v, statedir.Mark{}, skey)
+	}
+	if err := s.mayComeBack(v); err != nil {
+		return err
+	}
+	live, unread, err := s.nodeAttachments()
+	if err != nil {
+		return err
+	}
 	skey, err := s.newKey()
 	if err != nil {
 		return err
 	}
 	s.Log.Warn("an operator replaced this writer: a new chain is opened", "closed", v.writer.Closed)
-	if s.Config.Writer.Kind != entry.KindNode {
-		return s.newMark(v, skey, entry.Ref{}, false)
-	}
-	recovering, err := s.holdAgain()
+	recovering, err := s.holdAgain(live, unread)
 	if err != nil {
 		return err
 	}
-	return s.newMark(v, skey, entry.Ref{}, recovering)
+	// In a drill every chain ends its part with a recover entry: thaw waits for it.
+	return s.newMark(v, statedir.Mark{Recovering: recovering || v.meta.Recovering}, skey)
+}
+
+// mayComeBack refuses a node that an operator is removing: before its last lease is
+// ended it starts no chain. Nothing is added to its leases while the chain is closed,
+// so that none can come back once all are gone.
+func (s *session) mayComeBack(v *view) error {
+	if v.writer == nil || !v.writer.Removed {
+		return nil
+	}
+	live, unread, err := s.nodeAttachments()
+	if err != nil {
+		return err
+	}
+	if left := len(live) + len(unread); left > 0 {
+		return fmt.Errorf("%w: %s was removed by an operator, and what it leased is not ended yet (%d left): 'ledger node remove %[2]s' ends it, or 'ledger node replace %[2]s' lets this machine have it again",
+			ErrIntegrity, s.Config.Writer.Name, left)
+	}
+	return nil
 }
 
 // holdAgain notes what etcd says this node holds and its state directory does not
@@ -224,38 +298,30 @@ func (s *session) startAnew(v *view) error {
 // address, what the node remembers stands.
 //
 // It reports whether a recovery has to come first: pods that outlived the identity
-// may hold what a restore has freed since. A crash leaves some holdings; the next
-// process does all of it again.
-func (s *session) holdAgain() (recovering bool, err error) {
-	live, unread, err := s.nodeAttachments()
-	if err != nil {
-		return false, err
-	}
+// may hold what a restore has freed since, or what an operator has ended. A crash
+// leaves some holdings; the next process does all of it again.
+func (s *session) holdAgain(live map[keyspace.AttachmentID]keyspace.Attachment, unread []error) (recovering bool, err error) {
 	for _, err := range unread {
 		s.Log.Warn("an attachment that cannot be read is not held again", "err", err)
 	}
-	type address struct {
-		space string
-		ip    netip.Addr
-	}
-	taken := map[address]bool{}
+	taken := map[inSpace]bool{}
 	held, herr := s.Dir.Holdings()
 	recovering = herr != nil
 	for _, h := range held {
 		if a, ok := live[h.ID]; !ok || a.Acquire != h.Value.Acquire {
 			recovering = true
 		}
-		for _, ip := range addrsOf(h.Value.Leases) {
-			taken[address{h.Value.Space, ip}] = true
+		for _, at := range places(&h.Value) {
+			taken[at] = true
 		}
 	}
 	for _, id := range sortedIDs(live) {
 		a := live[id]
-		if id == s.leaving || s.Dir.IsQueued(id) || slices.ContainsFunc(addrsOf(a.Leases), func(ip netip.Addr) bool { return taken[address{a.Space, ip}] }) {
+		if id == s.leaving || s.Dir.IsQueued(id) || slices.ContainsFunc(places(&a), func(at inSpace) bool { return taken[at] }) {
 			continue
 		}
-		if err := s.Dir.Hold(statedir.Holding{ID: id, Value: a}); err != nil {
-			return false, fmt.Errorf("%w: %w", ErrState, err)
+		if err := s.remember(id, a); err != nil {
+			return false, err
 		}
 	}
 	return recovering, nil
@@ -271,12 +337,13 @@ func (s *session) nodeAttachments() (live map[keyspace.AttachmentID]keyspace.Att
 	live = map[keyspace.AttachmentID]keyspace.Attachment{}
 	for _, kv := range r.Ranges[0].KVs {
 		key, err := s.Keys.Parse(kv.Key)
-		var a keyspace.Attachment
-		if err == nil {
-			err = decodeAttachment(kv.Value, &a)
+		if err != nil { // no attachment's
+			s.Log.Warn("a key that nobody should have put there", "err", err)
+			continue
 		}
-		if err != nil {
-			unread = append(unread, fmt.Errorf("%w: %s: %w", ErrIntegrity, kv.Key, err))
+		var a keyspace.Attachment
+		if err := decodeAttachment(kv.Value, &a); err != nil {
+			unread = append(unread, spoilt(key.Attachment, kv.Key, err))
 			continue
 		}
 		live[key.Attachment] = a
@@ -286,7 +353,7 @@ func (s *session) nodeAttachments() (live map[keyspace.AttachmentID]keyspace.Att
 
 // open is the first entry of our chain.
 func (s *session) open(v *view) *entry.Entry {
-	e := &entry.Entry{Op: entry.Open, Writer: s.Config.Writer, Key: s.vkey, Cluster: v.meta.Cluster, Epoch: s.mark.Epoch}
+	e := &entry.Entry{Op: entry.Open, Writer: s.Config.Writer, Key: s.vkey, Machine: s.Machine, Cluster: v.meta.Cluster, Epoch: s.mark.Epoch}
 	if v.writer != nil {
 		e.Predecessor = v.writer.Head()
 	}
@@ -296,17 +363,10 @@ func (s *session) open(v *view) *entry.Entry {
 	return e
 }
 
-// hint keeps the newest claims in a writer's value.
-func hint(blocks []string, b keyspace.BlockID, op entry.Op) []string {
-	out := slices.DeleteFunc(slices.Clone(blocks), func(s string) bool { return s == b.String() })
-	if op != entry.Unclaim {
-		out = append([]string{b.String()}, out...)
-	}
-	return out[:min(len(out), maxHints)]
-}
-
 // settle makes a lost commit's outcome known: it fences and looks.
-func (s *session) settle() error {
+func (s *session) settle() (err error) {
+	s.unsettled = true
+	defer func() { s.unsettled = err != nil }()
 	fenced, err := s.fence()
 	if err != nil {
 		return err
@@ -316,11 +376,13 @@ func (s *session) settle() error {
 	// Opening the chain here shuts it out, as it compares that key's absence.
 	s.unsettled = !fenced
 	v, err := s.look(false)
-	s.unsettled = false
 	if err != nil || fenced || s.mark == nil {
 		return err
 	}
-	if v.writer == nil && !s.restored { // a restored ledger's meta has changed, which shuts it out too
+	// Behind a restore, or a recovery that somebody began, it is shut out already: it
+	// went to another etcd, or compares another meta.
+	shut := s.restored && (s.mark.Epoch != v.meta.Epoch || s.mark.EtcdCluster != keyspace.EtcdClusterID(v.cluster))
+	if v.writer == nil && !shut {
 		if _, err = s.commit(v, change{}); errors.Is(err, errAgain) {
 			err = fmt.Errorf("%w: an earlier commit's outcome is not known, and opening the chain failed: %w", ErrUnknownOutcome, err)
 		}
@@ -334,6 +396,7 @@ func (s *session) settle() error {
 // mod_revision. It reports false where there is no writer key yet.
 func (s *session) fence() (bool, error) {
 	var last error
+	var put KV // back, by a fence whose answer did not say whether it was done
 	for tries := 0; ; tries++ {
 		if s.ctx.Err() != nil {
 			return false, fmt.Errorf("%w: an earlier commit's outcome is not known, and finding out failed: %w", ErrUnknownOutcome, errors.Join(last, s.ctx.Err()))
@@ -349,15 +412,23 @@ func (s *session) fence() (bool, error) {
 			return false, nil
 		}
 		kv := r.Ranges[0].KVs[0]
+		switch {
+		case put.Mod == 0:
+		case put.Mod == kv.Mod:
+			return false, fmt.Errorf("%w: an earlier commit's outcome is not known, and finding out failed: %w", ErrUnknownOutcome, last)
+		case bytes.Equal(put.Value, kv.Value): // a commit changes the value, a fence does not
+			return true, nil
+		}
+		put = KV{}
 		r, err = s.Store.Commit(s.ctx, Txn{If: []Compare{{Key: key, Mod: kv.Mod}}, Then: []Write{{Key: key, Value: kv.Value}}})
 		if err == nil && r.Succeeded {
 			return true, nil
 		}
-		if errors.Is(err, ErrNoSpace) {
-			return false, fmt.Errorf("%w: an earlier commit's outcome is not known, and finding out failed: %w", ErrUnknownOutcome, err)
+		if last = err; errors.Is(err, ErrDecided) {
+			put = kv
+			continue
 		}
 		// A conflict is something sent earlier that landed just now.
-		last = err
 		s.pause(tries)
 	}
 }
@@ -372,6 +443,12 @@ func (s *session) putAddresses(space, pool string, ips []netip.Addr, id keyspace
 		})
 	}
 	return out
+}
+
+// freeAddress is the write that frees an address.
+func (s *session) freeAddress(space string, ip netip.Addr, a keyspace.Address) Write {
+	a.State = keyspace.Free
+	return Write{Key: s.Keys.Address(space, ip), Value: keyspace.Encode(a)}
 }
 
 // putBlocks are the writes that claim blocks for a node.

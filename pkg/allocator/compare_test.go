@@ -12,6 +12,7 @@ import (
 	"github.com/ipam-ledger/ipam-ledger/pkg/audit"
 	"github.com/ipam-ledger/ipam-ledger/pkg/audit/entry"
 	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
+	"github.com/ipam-ledger/ipam-ledger/pkg/statedir"
 )
 
 // TestComparisons has, for each comparison of a transaction, an interleaving
@@ -213,7 +214,7 @@ func TestComparisons(t *testing.T) {
 			}
 			block := keyspace.BlockID{Space: "default", Pool: "net", Prefix: netip.MustParsePrefix("10.22.0.0/28")}
 			s.a.conn.between = func() {
-				if err := s.w.admin.run(func(x *Writer) error { return x.Unclaim(ctx, block, "test") }); err != nil {
+				if err := s.w.admin.run(func(x *Writer) error { return x.Unclaim(ctx, Claim{Block: block}, "test") }); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -238,7 +239,7 @@ func TestComparisons(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if err := s.w.admin.run(func(x *Writer) error { return x.Unclaim(ctx, block, "test") }); err == nil {
+			if err := s.w.admin.run(func(x *Writer) error { return x.Unclaim(ctx, Claim{Block: block}, "test") }); err == nil {
 				return errors.New("a block was given back with a lease in it")
 			}
 			return clean(s.w)
@@ -250,7 +251,7 @@ func TestComparisons(t *testing.T) {
 			block := keyspace.BlockID{Space: "default", Pool: "net", Prefix: netip.MustParsePrefix("10.22.0.0/28")}
 			theirs := keyspace.Encode(keyspace.Block{Node: "other", Claim: entry.Ref{Seq: 7}})
 			s.w.admin.conn.between = func() { put(s.w, testKeys.Block(block), theirs) }
-			_ = s.w.admin.run(func(x *Writer) error { return x.Unclaim(ctx, block, "test") })
+			_ = s.w.admin.run(func(x *Writer) error { return x.Unclaim(ctx, Claim{Block: block}, "test") })
 			b := get(s.w, testKeys.Block(block))
 			if b == nil { // the second try may take it, on the record of whose it is
 				last := s.w.store.now()
@@ -289,13 +290,130 @@ func TestComparisons(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if err := s.w.admin.run(func(x *Writer) error { _, err := x.Replace(ctx, s.a.who, "test"); return err }); err != nil {
+			if err := s.w.admin.run(func(x *Writer) error { _, err := x.Replace(ctx, Replacement{Writer: s.a.who}, "test"); return err }); err != nil {
 				t.Fatal(err)
 			}
 			return clean(s.w)
 		}},
+		{"import: another node takes the address in between", func(c Compare) bool { return c.Key == addr("10.22.0.9") }, func(t *testing.T, s *scene) error {
+			s.a.conn.between = func() {
+				if _, err := s.b.add(s.p, "c2", netip.MustParseAddr("10.22.0.9")); err != nil {
+					t.Fatal(err)
+				}
+			}
+			l := statedir.Holding{ID: s.a.attachment("old"), Value: keyspace.Attachment{Space: "default", Pool: "net", Leases: []keyspace.Lease{{Address: netip.MustParsePrefix("10.22.0.9/24")}}}}
+			if err := s.a.run(func(x *Writer) error { _, err := x.Import(ctx, []statedir.Holding{l}, false, "test"); return err }); err != nil {
+				t.Fatal(err)
+			}
+			return clean(s.w)
+		}},
+		{"import: the attachment appears in between", func(c Compare) bool { return strings.HasPrefix(c.Key, testKeys.Attachments()) }, func(t *testing.T, s *scene) error {
+			id := s.a.attachment("old")
+			theirs := keyspace.Encode(keyspace.Attachment{Space: "default", Pool: "elsewhere"})
+			s.a.conn.between = func() { put(s.w, testKeys.Attachment(id), theirs) }
+			l := statedir.Holding{ID: id, Value: keyspace.Attachment{Space: "default", Pool: "net", Leases: []keyspace.Lease{{Address: netip.MustParsePrefix("10.22.0.9/24")}}}}
+			_ = s.a.run(func(x *Writer) error { _, err := x.Import(ctx, []statedir.Holding{l}, false, "test"); return err })
+			if !slices.Equal(theirs, get(s.w, testKeys.Attachment(id))) {
+				return errors.New("an attachment was overwritten (I2)")
+			}
+			return nil
+		}},
+		{"spoilt: the address goes to another in between", func(c Compare) bool { return c.Key == addr("10.22.0.2") }, func(t *testing.T, s *scene) error {
+			id := s.a.attachment("c0")
+			put(s.w, testKeys.Attachment(id), []byte("garbage"))
+			put(s.w, addr("10.22.0.2"), []byte("garbage"))
+			other := s.b.attachment("c9")
+			theirs := keyspace.Encode(keyspace.Address{State: keyspace.Leased, Pool: "net", Holder: &other, Acquire: entry.Ref{Seq: 9}})
+			s.w.admin.conn.between = func() { put(s.w, addr("10.22.0.2"), theirs) }
+			_ = s.w.admin.run(func(x *Writer) error { return x.ReleaseLease(ctx, id, entry.Ref{}, "test") })
+			if !slices.Equal(theirs, get(s.w, addr("10.22.0.2"))) {
+				return errors.New("another's lease was freed")
+			}
+			return nil
+		}},
+		{"spoilt: the attachment is mended in between", func(c Compare) bool { return strings.HasPrefix(c.Key, testKeys.Attachments()) }, func(t *testing.T, s *scene) error {
+			id := s.a.attachment("c0")
+			put(s.w, testKeys.Attachment(id), []byte("garbage"))
+			theirs := []byte("other garbage")
+			s.w.admin.conn.between = func() { put(s.w, testKeys.Attachment(id), theirs) }
+			w := s.w.admin.writer()
+			w.Timeout = 200e6
+			tries := 0
+			w.step = func(at string) {
+				if at == "begun" {
+					tries++
+				}
+			}
+			_ = w.ReleaseLease(ctx, id, entry.Ref{}, "test")
+			if tries < 2 {
+				return errors.New("a value that nobody looked at was deleted")
+			}
+			return nil
+		}},
+		{"replace: the chain of a lost head goes on in between", func(c Compare) bool { return strings.HasPrefix(c.Key, testKeys.Chains()+"node/") }, func(t *testing.T, s *scene) error {
+			key := testKeys.Writer(s.a.who)
+			head := get(s.w, key)
+			s.w.store.mu.Lock()
+			delete(s.w.store.now().keys, key)
+			s.w.store.mu.Unlock()
+			s.w.admin.conn.between = func() {
+				drop := s.w.drop
+				s.w.drop = nil
+				defer func() { s.w.drop = drop }()
+				put(s.w, key, head)
+				if _, err := s.a.add(s.p, "c1"); err != nil {
+					t.Fatal(err)
+				}
+				s.w.store.mu.Lock()
+				delete(s.w.store.now().keys, key)
+				s.w.store.mu.Unlock()
+			}
+			if err := s.w.admin.run(func(x *Writer) error { _, err := x.Replace(ctx, Replacement{Writer: s.a.who}, "test"); return err }); err != nil {
+				t.Fatal(err)
+			}
+			return clean(s.w)
+		}},
+		{"stop: a recovery begins in between", key(testKeys.Meta()), func(t *testing.T, s *scene) error {
+			if _, err := s.a.add(s.p, "lost"); err != nil {
+				t.Fatal(err)
+			}
+			s.w.store.restore(1, false)
+			s.a.reconnect()
+			drop := s.w.drop
+			s.a.conn.between = func() {
+				s.w.drop = nil
+				s.w.admin.must(t, func(x *Writer) error { _, _, err := x.RecoverStart(ctx, 0, "test"); return err })
+				s.w.drop = drop
+			}
+			_ = s.a.run(func(x *Writer) error { return x.Probe(ctx) })
+			if get(s.w, testKeys.Stop(s.a.who.Name)) != nil {
+				return errors.New("a stop of before the recovery stands in it")
+			}
+			return nil
+		}},
+		{"dispute: an operator replaces the node in between", func(c Compare) bool {
+			return c.Key == testKeys.Writer(entry.Writer{Kind: entry.KindNode, Name: "n0"})
+		}, func(t *testing.T, s *scene) error {
+			key := testKeys.Writer(s.a.who)
+			head := get(s.w, key)
+			put(s.w, key, []byte(strings.Replace(string(head), `"boot":"`, `"boot":"other-`, 1)))
+			s.a.conn.between = func() {
+				drop := s.w.drop
+				s.w.drop = nil
+				defer func() { s.w.drop = drop }()
+				if err := s.w.admin.run(func(x *Writer) error { _, err := x.Replace(ctx, Replacement{Writer: s.a.who}, "test"); return err }); err != nil {
+					t.Fatal(err)
+				}
+			}
+			_ = s.a.run(func(x *Writer) error { return x.Probe(ctx) })
+			var w keyspace.Writer
+			if err := keyspace.Decode(get(s.w, key), &w); err != nil || w.Closed.IsZero() {
+				return fmt.Errorf("an operator's close was overwritten: %+v (%v)", w, err)
+			}
+			return nil
+		}},
 		{"thaw: a stop comes in between", span(testKeys.Stops()), func(t *testing.T, s *scene) error {
-			if err := s.w.admin.run(func(x *Writer) error { _, err := x.RecoverStart(ctx, 0, "test"); return err }); err != nil {
+			if err := s.w.admin.run(func(x *Writer) error { _, _, err := x.RecoverStart(ctx, 0, "test"); return err }); err != nil {
 				t.Fatal(err)
 			}
 			names := []string{}
@@ -319,7 +437,7 @@ func TestComparisons(t *testing.T) {
 			return clean(s.w)
 		}},
 		{"thaw: a node changes in between", span(testKeys.Writers() + "node/"), func(t *testing.T, s *scene) error {
-			if err := s.w.admin.run(func(x *Writer) error { _, err := x.RecoverStart(ctx, 0, "test"); return err }); err != nil {
+			if err := s.w.admin.run(func(x *Writer) error { _, _, err := x.RecoverStart(ctx, 0, "test"); return err }); err != nil {
 				t.Fatal(err)
 			}
 			names := []string{}

@@ -21,6 +21,9 @@
 //	view    view.go    reads, and checks what it read against the mark (I5)
 //	plan    plan.go    which addresses, which block; no context, clock or store
 //	commit  commit.go  signs the entries, sends the transaction, settles its outcome
+//	memory  memory.go  what is known of a pool that is nearly full
+//	recover recover.go the drill after a restore
+//	remove  remove.go  the end of a node, by an operator
 //
 // I1 rests on one comparison: an address key is written only at the
 // mod_revision that was read. I2 on the attachment's: absent before an acquire,
@@ -39,6 +42,14 @@
 // key back unchanged under its own comparison, after which nothing sent earlier
 // can land, because every transaction compares that key's mod_revision. Then a
 // linearizable read tells what did.
+//
+// An answer may also leave it open what was done, while nothing is under way any
+// more (ErrDecided: out of space). Then a linearizable read is enough.
+//
+// What one process finds out another may not have: so everything that a call
+// leaves behind for others (a queued release, a holding, the mark) it leaves under
+// the lock. Only a DEL that cannot have the lock queues without it, and a queued
+// release stands over what is held.
 //
 // # Processes
 //

@@ -280,7 +280,7 @@ func garbage(good []byte) map[string]string {
 		"open": "{", "NUL": "\x00", "not UTF-8": "\xff\xfe\xff", "deep": strings.Repeat(`{"x":`, 20000), "escape": "\x1b[2J\x1b]0;owned\x07",
 		"1 MiB of blanks": strings.Repeat(" ", 1<<20), "1 MiB of text": `"` + strings.Repeat("a", 1<<20) + `"`,
 		"wrong types": `{"state":1,"pool":[],"node":{},"leases":"x","space":null,"version":"1","chain":7,"ranges":5}`,
-		"huge number": `{"version":1e999,"epoch":123456789012345678901234567890,"seq":-1,"holdSeconds":1e30}`,
+		"huge number": `{"version":1e999,"epoch":123456789012345678901234567890,"seq":-1,"cooldown":1e30}`,
 	}
 	if len(text) > 2 {
 		out["half"] = text[:len(text)/2]
@@ -352,7 +352,7 @@ var c1Key = testKeys.Attachment(keyspace.AttachmentID{Node: "n0", Network: "net"
 
 var lies = []lie{
 	{name: "an attachment without leases", do: func(s *scene) {
-		s.edit(c1Key, `"leases":[{"address":"10.22.0.3/27","gateway":"10.22.0.1"},{"address":"fd00::3/120","gateway":"fd00::1"}]`, `"leases":[]`)
+		s.edit(c1Key, `"leases":[{"address":"10.22.0.3/27","gateway":"10.22.0.1","range":"10.22.0.1-10.22.0.30"},{"address":"fd00::3/120","gateway":"fd00::1","range":"fd00::1-fd00::ff"}]`, `"leases":[]`)
 	}, err: ErrIntegrity, fails: addAgain, codes: []audit.Code{audit.Malformed}},
 	{name: "an attachment with one address twice", do: func(s *scene) { s.edit(c1Key, "fd00::3/120", "10.22.0.3/27") }, err: ErrIntegrity, fails: addAgain, codes: []audit.Code{audit.Malformed}},
 	{name: "an attachment with a mapped address", do: func(s *scene) { s.edit(c1Key, "10.22.0.3/27", "::ffff:10.22.0.3/123") }, err: ErrIntegrity, fails: addAgain, codes: []audit.Code{audit.Malformed}},
@@ -361,7 +361,7 @@ var lies = []lie{
 	{name: "an attachment with an address of nobody", do: func(s *scene) { s.edit(c1Key, "10.22.0.3/27", "10.22.0.30/27") }, err: ErrIntegrity, fails: addAgain, codes: []audit.Code{audit.StateDiffers}},
 	{name: "an attachment of a space with slashes", do: func(s *scene) { s.edit(c1Key, `"space":"default"`, `"space":"default/4/010.022.000.009"`) }, err: ErrIntegrity, fails: addAgain, codes: []audit.Code{audit.Malformed}},
 	{name: "an attachment with a gateway of the other family", do: func(s *scene) { s.edit(c1Key, `"gateway":"10.22.0.1"`, `"gateway":"fe80::1%eth0"`) }, err: ErrIntegrity, fails: addAgain, codes: []audit.Code{audit.Malformed}},
-	{name: "an attachment held back for ages", do: func(s *scene) { s.edit(c1Key, `"acquire"`, `"holdSeconds":9223372036854775807,"acquire"`) }, err: ErrIntegrity, fails: addAgain, codes: []audit.Code{audit.Malformed}},
+	{name: "an attachment held back for ages", do: func(s *scene) { s.edit(c1Key, `"acquire"`, `"cooldown":9223372036854775807,"acquire"`) }, err: ErrIntegrity, fails: addAgain, codes: []audit.Code{audit.Malformed}},
 	{name: "an attachment with a pod too long to release", do: func(s *scene) {
 		s.edit(c1Key, `"acquire"`, `"pod":"`+strings.Repeat("p", entry.MaxPod+1)+`","acquire"`)
 	}, err: ErrIntegrity, fails: addAgain, codes: []audit.Code{audit.Malformed}},
@@ -384,7 +384,7 @@ var lies = []lie{
 		s.edit(testKeys.Address("default", netip.MustParseAddr("10.22.0.3")), `"acquire":"`, `"acquire":"00000000000000000000000000000000/7/0000000000000000000000000000000000000000000000000000000000000001","acquire":"`)
 	}, codes: []audit.Code{audit.StateDiffers}},
 	{name: "an address leased and held back", do: func(s *scene) {
-		s.edit(testKeys.Address("default", netip.MustParseAddr("10.22.0.3")), `"state":"leased"`, `"state":"leased","heldUntil":"2099-01-01T00:00:00Z"`)
+		s.edit(testKeys.Address("default", netip.MustParseAddr("10.22.0.3")), `"state":"leased"`, `"state":"leased","since":"2099-01-01T00:00:00Z"`)
 	}, err: ErrIntegrity, fails: addAgain, codes: []audit.Code{audit.Malformed}},
 	{name: "an address of an unknown state", do: func(s *scene) {
 		s.edit(testKeys.Address("default", netip.MustParseAddr("10.22.0.3")), `"state":"leased"`, `"state":"borrowed"`)
@@ -417,10 +417,13 @@ var lies = []lie{
 		s.harmed = testKeys.Writer(s.a.who)
 		s.write(s.harmed, string(s.value(testKeys.Writer(s.b.who))))
 	}, err: ErrIntegrity, fails: addNew, codes: []audit.Code{audit.Missing}},
-	{name: "a writer of an enormous seq", do: func(s *scene) { s.edit(testKeys.Writer(s.a.who), `"seq":`, `"seq":18446744073709551615,"seq":1`) }, err: ErrIntegrity, fails: addNew, codes: []audit.Code{audit.Malformed, audit.Missing}},
-	{name: "a writer with a megabyte of hints", do: func(s *scene) {
-		s.edit(testKeys.Writer(s.a.who), `"blocks":[`, `"blocks":["`+strings.Repeat("x", 1<<20)+`",`)
-	}, codes: []audit.Code{audit.Malformed}},
+	{name: "a writer of an enormous seq", do: func(s *scene) { s.edit(testKeys.Writer(s.a.who), `"seq":`, `"seq":18446744073709551615,"seq":1`) }, err: ErrIntegrity, fails: addNew, codes: []audit.Code{audit.Missing}},
+	{name: "a writer with a megabyte of machine", do: func(s *scene) {
+		s.edit(testKeys.Writer(s.a.who), `"machine":"`, `"machine":"`+strings.Repeat("x", 1<<20))
+	}, codes: []audit.Code{audit.StateDiffers}},
+	{name: "a writer that another boot wrote", do: func(s *scene) {
+		s.edit(testKeys.Writer(s.a.who), `"boot":"`, `"boot":"other-`)
+	}, err: ErrIntegrity, fails: addNew},
 	{name: "an entry beyond the head", do: func(s *scene) {
 		s.harmed = s.places()["next entry"]
 		s.write(s.harmed, string(s.value(s.places()["head entry"])))
@@ -428,8 +431,8 @@ var lies = []lie{
 	{name: "meta of no cluster", do: func(s *scene) { s.edit(testKeys.Meta(), `"cluster":"`, `"cluster":"","cluster":"`) }, codes: []audit.Code{audit.Malformed}},
 	{name: "meta of an unknown state", do: func(s *scene) { s.edit(testKeys.Meta(), `"state":"running"`, `"state":"sleeping"`) }, err: ErrIntegrity, fails: addNew, codes: []audit.Code{audit.StateDiffers}},
 	{name: "meta of epoch 0", do: func(s *scene) { s.edit(testKeys.Meta(), `"epoch":1`, `"epoch":0`) }, err: ErrIntegrity, fails: addNew, codes: []audit.Code{audit.StateDiffers}},
-	{name: "meta of version 0", do: func(s *scene) { s.edit(testKeys.Meta(), `"version":1`, `"version":0`) }, err: ErrIntegrity, fails: addNew, codes: []audit.Code{audit.Malformed}},
-	{name: "meta of a newer version", do: func(s *scene) { s.edit(testKeys.Meta(), `"version":1`, `"version":2`) }, err: ErrIntegrity, fails: addNew},
+	{name: "meta of version 0", do: func(s *scene) { s.edit(testKeys.Meta(), `"version":2`, `"version":0`) }, err: ErrIntegrity, fails: addNew, codes: []audit.Code{audit.Malformed}},
+	{name: "meta of a newer version", do: func(s *scene) { s.edit(testKeys.Meta(), `"version":2`, `"version":3`) }, err: ErrIntegrity, fails: addNew},
 	{name: "a pool without ranges", do: spec(`{}`), err: ErrNoPool, fails: addNamed},
 	{name: "a pool of an empty range set", do: spec(`{"ranges":[[]]}`), err: ErrNoPool, fails: addNamed},
 	{name: "a pool without ends", do: spec(`{"ranges":[[{"subnet":"10.33.0.0/27"}]]}`), err: ErrNoPool, fails: addNamed},
@@ -442,8 +445,8 @@ var lies = []lie{
 	{name: "a pool of a gateway of the other family", do: spec(`{"ranges":[[{"subnet":"10.33.0.0/27","rangeStart":"10.33.0.1","rangeEnd":"10.33.0.9","gateway":"fd00::1"}]]}`), err: ErrNoPool, fails: addNamed},
 	{name: "a pool of both families in one set", do: spec(`{"ranges":[[{"subnet":"10.33.0.0/27","rangeStart":"10.33.0.1","rangeEnd":"10.33.0.9"},{"subnet":"fd33::/64","rangeStart":"fd33::1","rangeEnd":"fd33::9"}]]}`), err: ErrNoPool, fails: addNamed},
 	{name: "a pool whose sets overlap", do: spec(`{"ranges":[[{"subnet":"10.33.0.0/27","rangeStart":"10.33.0.1","rangeEnd":"10.33.0.9"}],[{"subnet":"10.33.0.0/27","rangeStart":"10.33.0.1","rangeEnd":"10.33.0.9"}]]}`), err: ErrNoPool, fails: addNamed},
-	{name: "a pool held back for ages", do: spec(strings.Replace(goodSpec, "{", `{"hold":"2562047h",`, 1)), err: ErrNoPool, fails: addNamed},
-	{name: "a pool held back by less than nothing", do: spec(strings.Replace(goodSpec, "{", `{"hold":"-1h",`, 1)), err: ErrNoPool, fails: addNamed},
+	{name: "a pool held back for ages", do: spec(strings.Replace(goodSpec, "{", `{"cooldown":"2562047h",`, 1)), err: ErrNoPool, fails: addNamed},
+	{name: "a pool held back by less than nothing", do: spec(strings.Replace(goodSpec, "{", `{"cooldown":"-1h",`, 1)), err: ErrNoPool, fails: addNamed},
 	{name: "a pool of a space with slashes", do: spec(strings.Replace(goodSpec, "{", `{"addressSpace":"a/b",`, 1)), err: ErrNoPool, fails: addNamed},
 	{name: "a pool of odd blocks", do: spec(strings.Replace(goodSpec, "{", `{"blockSize":-64,`, 1)), err: ErrNoPool, fails: addNamed},
 	{name: "a pool that excludes nonsense", do: spec(strings.Replace(goodSpec, "{", `{"exclude":["10.33.0.0/99"],`, 1)), err: ErrNoPool, fails: addNamed},

@@ -41,11 +41,11 @@ func TestStateLost(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	admin(func(x *Writer) error { _, err := x.Replace(ctx, n.who, "lost"); return err })
+	admin(func(x *Writer) error { _, err := x.Replace(ctx, Replacement{Writer: n.who}, "lost"); return err })
 	if _, err := n.add(p, "c"); err != nil {
 		t.Fatal(err)
 	}
-	admin(func(x *Writer) error { _, err := x.RecoverStart(ctx, 0, "a drill"); return err })
+	admin(func(x *Writer) error { _, _, err := x.RecoverStart(ctx, 0, "a drill"); return err })
 	var r *Recovery
 	if err := n.run(func(x *Writer) (err error) { r, err = x.Recover(ctx, nil, "a drill"); return err }); err != nil {
 		t.Fatal(err)
@@ -130,7 +130,7 @@ func TestClaimLost(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	run(w.admin, func(x *Writer) error { _, err := x.RecoverStart(ctx, 0, "a drill"); return err })
+	run(w.admin, func(x *Writer) error { _, _, err := x.RecoverStart(ctx, 0, "a drill"); return err })
 	for _, n := range w.nodes {
 		run(n, func(x *Writer) error { _, err := x.Recover(ctx, nil, "a drill"); return err })
 	}

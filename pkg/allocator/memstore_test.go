@@ -57,6 +57,8 @@ func (s memState) get(g Get) Range {
 		}
 		sort.Strings(names)
 	}
+	r.Count = int64(len(names))
+	names = slices.DeleteFunc(names, func(k string) bool { return s.keys[k].mod < g.Since })
 	for i, k := range names {
 		if g.Limit > 0 && int64(i) == g.Limit {
 			r.More = true
@@ -151,10 +153,12 @@ const (
 	killSent          // the process dies after sending, before it lands
 	killApplied       // the process dies after it landed
 	deafReads         // every read from here on fails, as do commits
+	fullApplied       // applied, and the answer is that there is no space
+	fullRefused       // not applied, with the same answer
 	faultCount        //
 )
 
-var faultNames = [...]string{"none", "refuse", "lose-applied", "lose-late", "lose-never", "kill-unsent", "kill-sent", "kill-applied", "deaf"}
+var faultNames = [...]string{"none", "refuse", "lose-applied", "lose-late", "lose-never", "kill-unsent", "kill-sent", "kill-applied", "deaf", "full-applied", "full-refused"}
 
 func (f fault) String() string { return faultNames[f] }
 
@@ -167,11 +171,16 @@ type memConn struct {
 	lag       int                // serializable reads see the state so many revisions ago
 	next      fault              // of the next commit
 	between   func()             // runs once before the next commit arrives
+	full      bool               // etcd has no space: no commit is done
+	replied   func(*Reply)       // changes the reply of the next commit
 	reads     int                // counted
+	bytes     int                // of keys and values that were read
 	deafAfter int                // reads that are answered; 0: all
 	commits   int                // counted
 	drop      func(Compare) bool // comparisons to leave out, to see that a test notices
 }
+
+var errFull = fmt.Errorf("%w: %w", ErrDecided, ErrNoSpace)
 
 var errDeaf = fmt.Errorf("%w: deaf", ErrUnavailable)
 
@@ -184,6 +193,9 @@ func (c *memConn) Read(ctx context.Context, serializable bool, gets []Get) (*Rep
 	if c.next == deafReads || c.deafAfter > 0 && c.reads >= c.deafAfter {
 		return nil, errDeaf
 	}
+	if len(gets) > 128 {
+		panic(fmt.Sprintf("etcd takes 128 operations, and these are %d", len(gets)))
+	}
 	c.reads++
 	c.m.mu.Lock()
 	defer c.m.mu.Unlock()
@@ -194,7 +206,11 @@ func (c *memConn) Read(ctx context.Context, serializable bool, gets []Get) (*Rep
 	s := c.m.history[at]
 	r := &Reply{Cluster: c.m.cluster, Revision: s.revision}
 	for _, g := range gets {
-		r.Ranges = append(r.Ranges, s.get(g))
+		a := s.get(g)
+		for _, kv := range a.KVs {
+			c.bytes += len(kv.Key) + len(kv.Value)
+		}
+		r.Ranges = append(r.Ranges, a)
 	}
 	return r, nil
 }
@@ -203,6 +219,9 @@ func (c *memConn) Commit(ctx context.Context, txn Txn) (*Reply, error) {
 	if f := c.between; f != nil {
 		c.between = nil
 		f()
+	}
+	if len(txn.If) > 128 || len(txn.Then) > 128 {
+		panic(fmt.Sprintf("etcd takes 128 operations, and these are %d and %d", len(txn.If), len(txn.Then)))
 	}
 	if c.drop != nil {
 		txn.If = slices.DeleteFunc(slices.Clone(txn.If), c.drop)
@@ -214,6 +233,9 @@ func (c *memConn) Commit(ctx context.Context, txn Txn) (*Reply, error) {
 	}
 	c.m.mu.Lock()
 	defer c.m.mu.Unlock()
+	if c.full {
+		return nil, errFull
+	}
 	lost := errors.New("reply lost")
 	switch f {
 	case refuse:
@@ -228,6 +250,11 @@ func (c *memConn) Commit(ctx context.Context, txn Txn) (*Reply, error) {
 		return nil, lost
 	case deafReads:
 		return nil, errors.New("deaf: outcome unknown")
+	case fullApplied:
+		c.m.apply(txn)
+		return nil, errFull
+	case fullRefused:
+		return nil, errFull
 	case killUnsent:
 		panic(killed{})
 	case killSent:
@@ -238,7 +265,12 @@ func (c *memConn) Commit(ctx context.Context, txn Txn) (*Reply, error) {
 		panic(killed{})
 	}
 	ok := c.m.apply(txn)
-	return &Reply{Cluster: c.m.cluster, Revision: c.m.now().revision, Succeeded: ok}, nil
+	r := &Reply{Cluster: c.m.cluster, Revision: c.m.now().revision, Succeeded: ok}
+	if f := c.replied; f != nil {
+		c.replied = nil
+		f(r)
+	}
+	return r, nil
 }
 
 // Source makes the store readable for the audit.

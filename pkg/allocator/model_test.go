@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"pgregory.net/rapid"
 
@@ -28,14 +29,27 @@ type model struct {
 	w     *world
 	pools []*Pool
 	told  map[keyspace.AttachmentID][]netip.Addr
+	space map[keyspace.AttachmentID]string // the address space of what it was told
 	// gone are attachments whose DEL is owed: an ADD failed, or the machine
 	// lost power. Runtimes call DEL for them, sooner or later.
 	gone   map[keyspace.AttachmentID]bool
 	frozen bool
 	next   int
 	// restored counts drills that are due: nothing may be allocated meanwhile.
-	restored bool
-	replaced map[string]bool // nodes that lost their state directory once
+	restored  bool
+	replaced  map[string]bool // nodes that lost their state directory once
+	old       []snapshot      // what was, for lists and decisions that are old when they are used
+	ill       map[string]bool // nodes that may be refused until somebody follows the named way out
+	colleague *machine        // another operator
+	images    map[string]string
+	base      time.Time
+}
+
+// snapshot is what an operator or a list saw at some time.
+type snapshot struct {
+	told       map[keyspace.AttachmentID][]netip.Addr
+	dead       map[entry.Ref]bool // acquires whose pods are gone, which is for ever
+	belongings []*Belongings
 }
 
 func (m *model) machineOf(id keyspace.AttachmentID) *machine {
@@ -47,7 +61,7 @@ func (m *model) machineOf(id keyspace.AttachmentID) *machine {
 func (m *model) draw(n *machine) {
 	n.reconnect()
 	n.conn.lag = rapid.SampledFrom([]int{0, 0, 1, 3, 20}).Draw(m.t, "lag")
-	n.conn.next = fault(rapid.SampledFrom([]int{0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8}).Draw(m.t, "fault"))
+	n.conn.next = fault(rapid.SampledFrom([]int{0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10}).Draw(m.t, "fault"))
 	m.w.step = nil
 	if at := rapid.SampledFrom([]string{"", "", "", "", "enrolled", "begun", "answered", "marked", "settled"}).Draw(m.t, "kill"); at != "" {
 		m.w.step = func(s string) {
@@ -95,9 +109,14 @@ func (m *model) noteAdd(n *machine, c string, add func() ([]netip.Addr, error)) 
 	if had, ok := m.told[id]; ok && !slices.Equal(had, ips) {
 		m.t.Fatalf("%v had %v and was then told %v", id, had, ips)
 	}
+	var now keyspace.Attachment
+	if err := keyspace.Decode(m.w.store.now().keys[testKeys.Attachment(id)].value, &now); err != nil {
+		m.t.Fatalf("%v was told %v and is not in etcd: %v", id, ips, err)
+	}
+	m.space[id] = now.Space
 	for other, held := range m.told {
 		for _, ip := range ips {
-			if other != id && slices.Contains(held, ip) {
+			if other != id && m.space[other] == m.space[id] && slices.Contains(held, ip) {
 				m.t.Fatalf("%v is held by %v and was given to %v", ip, other, id)
 			}
 		}
@@ -189,7 +208,7 @@ func (m *model) check() {
 		ids[id] = true
 	}
 	id, ok := m.pick(ids)
-	if !ok || m.restored {
+	if !ok || m.restored || m.ill[id.Node] {
 		return
 	}
 	n := m.machineOf(id)
@@ -244,12 +263,6 @@ func (m *model) reap() {
 	case !stale:
 		delete(m.told, id)
 		m.gone[id] = true
-		if by == m.w.admin { // it is not on the node any more either
-			dir, _ := statedir.Open(m.machineOf(id).dir)
-			if err := dir.Unhold(id); err != nil {
-				m.t.Fatal(err)
-			}
-		}
 	}
 }
 
@@ -270,11 +283,6 @@ func (m *model) operatorRelease() {
 	_ = err
 	delete(m.told, id)
 	m.gone[id] = true
-	// It is not on the node any more either.
-	dir, _ := statedir.Open(m.machineOf(id).dir)
-	if err := dir.Unhold(id); err != nil {
-		m.t.Fatal(err)
-	}
 }
 
 func (m *model) unclaim() {
@@ -291,7 +299,7 @@ func (m *model) unclaim() {
 	slices.SortFunc(ids, func(a, b keyspace.BlockID) int { return strings.Compare(a.String(), b.String()) })
 	m.draw(m.w.admin)
 	_ = m.w.admin.run(func(w *Writer) error {
-		return w.Unclaim(context.Background(), rapid.SampledFrom(ids).Draw(m.t, "block"), "test")
+		return w.Unclaim(context.Background(), Claim{Block: rapid.SampledFrom(ids).Draw(m.t, "block")}, "test")
 	})
 }
 
@@ -368,24 +376,8 @@ func (m *model) reimage() {
 	if m.restored || m.frozen {
 		return
 	}
-	for _, id := range slices.Collect(maps.Keys(m.told)) {
-		if id.Node == n.who.Name {
-			delete(m.told, id)
-			m.gone[id] = true
-		}
-	}
-	// With the state directory its queue is lost: those leases are for GC to find.
-	dir, _ := statedir.Open(n.dir)
-	queue, _ := dir.Queue()
-	for _, q := range queue {
-		m.gone[q.Attachment] = true
-	}
-	m.w.store.land() // a machine that is gone sends nothing more
-	n.boot++
-	n.id += "'"
-	if err := os.RemoveAll(n.dir); err != nil {
-		m.t.Fatal(err)
-	}
+	m.loseNode(n)
+	n.id += "-new"
 	n.reconnect()
 	m.w.step = nil
 	c := m.container()
@@ -396,6 +388,17 @@ func (m *model) reimage() {
 		m.gone[n.attachment(c)] = true
 	}
 	m.replace(n)
+}
+
+// copyDir copies a state directory, whose key nobody else may use.
+func copyDir(from, to string) error {
+	if err := os.CopyFS(to, os.DirFS(from)); err != nil {
+		return err
+	}
+	if err := os.Chmod(filepath.Join(to, "key"), 0o600); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 // writerOf is the value of the node's writer key, nil if there is none.
@@ -415,8 +418,14 @@ func (m *model) replace(n *machine) {
 	m.replaced[n.who.Name] = true
 	m.w.admin.reconnect()
 	m.w.step = nil
-	err := m.w.admin.run(func(w *Writer) error { _, err := w.Replace(context.Background(), n.who, "test"); return err })
-	if err != nil && !errors.Is(err, ErrNotFound) {
+	err := m.w.admin.run(func(w *Writer) error {
+		_, err := w.Replace(context.Background(), Replacement{Writer: n.who}, "test")
+		return err
+	})
+	if errors.Is(err, ErrNotFound) { // "move its state directory away"
+		err = os.RemoveAll(n.dir)
+	}
+	if err != nil {
 		m.t.Fatalf("replace %v: %v", n.who, err)
 	}
 }
@@ -434,7 +443,7 @@ func (m *model) clone() {
 	if err := os.RemoveAll(other.dir); err != nil {
 		m.t.Fatal(err)
 	}
-	if err := os.CopyFS(other.dir, os.DirFS(n.dir)); err != nil {
+	if err := copyDir(n.dir, other.dir); err != nil {
 		m.t.Fatal(err)
 	}
 	dir, _ := statedir.Open(other.dir)
@@ -480,6 +489,8 @@ func (m *model) restore() {
 	for _, n := range w.nodes {
 		n.reconnect()
 		c := m.container()
+		// A stop that is late must not land after the drill.
+		n.conn.next = rapid.SampledFrom([]fault{noFault, noFault, loseLate, killSent}).Draw(m.t, "stop")
 		err := n.run(func(x *Writer) error { return x.Probe(context.Background()) })
 		_ = err
 		if _, ok := w.store.now().keys[testKeys.Stop(n.who.Name)]; ok {
@@ -518,6 +529,13 @@ func (m *model) drill() {
 			if err == nil {
 				return
 			}
+			if rapid.Bool().Draw(m.t, "something else in between") { // whatever became of it
+				w.admin.reconnect()
+				w.step = nil
+				if _, err := w.admin.writer().Freeze(ctx, "test"); err != nil && !errors.Is(err, ErrUnknownOutcome) && !errors.Is(err, errRollback) {
+					m.t.Fatalf("after %s failed: %v", what, err)
+				}
+			}
 			if try == 5 {
 				m.t.Fatalf("%s: %v", what, err)
 			}
@@ -531,7 +549,7 @@ func (m *model) drill() {
 			epoch = max(epoch, mark.Epoch+1) // each refusal says it
 		}
 	}
-	admin("recover start", func(x *Writer) error { _, err := x.RecoverStart(ctx, epoch, "test"); return err })
+	admin("recover start", func(x *Writer) error { _, _, err := x.RecoverStart(ctx, epoch, "test"); return err })
 	// A node that does not take part, and comes back when all is over.
 	var away *machine
 	if len(w.nodes) > 1 && rapid.IntRange(0, 2).Draw(m.t, "away") == 0 {
@@ -542,7 +560,7 @@ func (m *model) drill() {
 	if rapid.IntRange(0, 3).Draw(m.t, "again") == 0 {
 		again = rapid.IntRange(0, len(w.nodes)-1).Draw(m.t, "at")
 	}
-	done := map[string]bool{}
+	done, absent := map[string]bool{}, map[string]bool{}
 	var last []any
 	want := len(w.nodes)
 	if away != nil {
@@ -567,13 +585,22 @@ func (m *model) drill() {
 		}
 	}
 	// With the runtime's list, or by the holdings alone.
-	var runs func(keyspace.AttachmentID) bool
+	var runs Runtime
 	if rapid.Bool().Draw(m.t, "runtime's list") {
-		runs = func(id keyspace.AttachmentID) bool { return m.told[id] != nil }
+		runs = sandboxes{m}
 	}
 	for round := 0; len(done) < want; round++ {
 		if round > 12 {
 			m.t.Fatalf("the drill does not end: %v recovered: %+v", done, last)
+		}
+		if round == 3 { // two pods have one address: those that are to go do so now
+			for id := range m.gone {
+				if n := m.machineOf(id); n != away {
+					n.reconnect()
+					w.step = nil
+					_ = n.del(id.Container)
+				}
+			}
 		}
 		for i, n := range w.nodes {
 			if n == away {
@@ -591,8 +618,7 @@ func (m *model) drill() {
 				m.draw(n)
 				n.conn.between = nil
 			}
-			var r *Recovery
-			err := n.run(func(x *Writer) (err error) { r, err = x.Recover(ctx, runs, "test"); return err })
+			r, err := m.recover(n, runs)
 			if !done[n.who.Name] {
 				last = append(last, n.who.Name, fmt.Sprintf("%+v", r), err)
 			}
@@ -600,6 +626,8 @@ func (m *model) drill() {
 			switch {
 			case err == nil && r.Done:
 				done[n.who.Name] = true
+			case errors.Is(err, ErrNotFound): // it never wrote: its operator leaves it out
+				done[n.who.Name], absent[n.who.Name] = true, true
 			case errors.Is(err, ErrIntegrity) && round > 0:
 				m.replace(n) // its identity was lost before the restore
 			case err != nil && round > 4:
@@ -610,6 +638,9 @@ func (m *model) drill() {
 	var names []string
 	var without []string
 	for _, n := range w.nodes {
+		if absent[n.who.Name] {
+			continue
+		}
 		names = append(names, n.who.Name)
 		if n == away {
 			without = append(without, n.who.Name)
@@ -644,17 +675,23 @@ func (m *model) drill() {
 	for id, ips := range m.told {
 		for _, ip := range ips {
 			var a keyspace.Address
-			if err := keyspace.Decode(state.keys[testKeys.Address("default", ip)].value, &a); err != nil || a.State != keyspace.Leased || *a.Holder != id {
+			if err := keyspace.Decode(state.keys[testKeys.Address(m.space[id], ip)].value, &a); err != nil || a.State != keyspace.Leased || *a.Holder != id {
 				m.t.Fatalf("after the drill %v of %v is %+v (%v)", ip, id, a, err)
 			}
 		}
 	}
 }
 
+// sandboxes is a runtime that knows what runs, and by now what does not.
+type sandboxes struct{ m *model }
+
+func (s sandboxes) Knows(id keyspace.AttachmentID) bool { return s.m.told[id] != nil }
+
+func (s sandboxes) Leaked(id keyspace.AttachmentID, _ entry.Ref) bool { return s.m.told[id] == nil }
+
 // comeBack: a node that was left out is refused until it has recovered, even
 // though the others allocate; what its pods had may be others' by then.
 func (m *model) comeBack(n *machine) {
-	ctx := context.Background()
 	n.reconnect()
 	m.w.step = nil
 	dir, _ := statedir.Open(n.dir)
@@ -682,9 +719,8 @@ func (m *model) comeBack(n *machine) {
 		}
 	}
 	for try := range 4 {
-		var r *Recovery
-		err := n.run(func(x *Writer) (err error) { r, err = x.Recover(ctx, nil, "back"); return err })
-		if err == nil && r.Done {
+		r, err := m.recover(n, nil)
+		if err == nil && r.Done || errors.Is(err, ErrNotFound) {
 			return
 		}
 		if try == 3 {
@@ -693,6 +729,335 @@ func (m *model) comeBack(n *machine) {
 		if errors.Is(err, ErrIntegrity) {
 			m.replace(n)
 		}
+	}
+}
+
+// recover is 'recover node'. What an entry has ended, no run of it brings back.
+func (m *model) recover(n *machine, runs Runtime) (r *Recovery, err error) {
+	dir, _ := statedir.Open(n.dir)
+	held, _ := dir.Holdings()
+	acquires := map[keyspace.AttachmentID]entry.Ref{}
+	for _, h := range held {
+		acquires[h.ID] = h.Value.Acquire
+	}
+	err = n.run(func(x *Writer) (err error) { r, err = x.Recover(context.Background(), runs, "test"); return err })
+	if r == nil {
+		return r, err
+	}
+	ended := map[entry.Ref]bool{}
+	for _, e := range m.entries() {
+		if e.Op == entry.Release {
+			ended[e.Acquire] = true
+		}
+	}
+	for _, id := range r.Asserted {
+		if a := acquires[id]; ended[a] {
+			m.t.Fatalf("%v was given back what it had by acquire %v, which an entry has ended", id, a)
+		}
+	}
+	return r, err
+}
+
+// entries are those that stand in etcd now.
+func (m *model) entries() (out []*entry.Entry) {
+	for k, kv := range m.w.store.now().keys {
+		if e, err := entry.Parse(kv.value); err == nil && strings.HasPrefix(k, testKeys.Chains()) {
+			out = append(out, e)
+		}
+	}
+	return out
+}
+
+// remember takes a list, and a decision about a node, to be used when it is old.
+func (m *model) remember() {
+	s := snapshot{told: maps.Clone(m.told), dead: map[entry.Ref]bool{}}
+	alive := map[string]bool{}
+	for id := range m.told {
+		alive[id.String()] = true
+	}
+	for k, kv := range m.w.store.now().keys {
+		key, err := testKeys.Parse(k)
+		if err != nil || key.Kind != "chains" {
+			continue
+		}
+		if e, err := entry.Parse(kv.value); err == nil && e.Op == entry.Acquire && !alive[e.Attachment()] {
+			s.dead[entry.Ref{Chain: key.Chain, Seq: key.Seq, Hash: entry.HashOf(kv.value)}] = true
+		}
+	}
+	m.w.admin.reconnect()
+	for _, n := range m.w.nodes {
+		if b, err := m.w.admin.writer().Belongings(context.Background(), n.who.Name); err == nil {
+			s.belongings = append(s.belongings, b)
+		}
+	}
+	if m.old = append(m.old, s); len(m.old) > 4 {
+		m.old = m.old[1:]
+	}
+}
+
+// oldList is a runtime's list that was made a while ago.
+type oldList snapshot
+
+func (l oldList) Knows(id keyspace.AttachmentID) bool { return l.told[id] != nil }
+
+func (l oldList) Leaked(_ keyspace.AttachmentID, acquire entry.Ref) bool { return l.dead[acquire] }
+
+// recoverAny: 'recover node' on any node at any time, with any list.
+func (m *model) recoverAny() {
+	if m.restored {
+		return
+	}
+	var runs Runtime
+	switch rapid.IntRange(0, 2).Draw(m.t, "list") {
+	case 0:
+		runs = sandboxes{m}
+	case 1:
+		if len(m.old) > 0 {
+			runs = oldList(rapid.SampledFrom(m.old).Draw(m.t, "old list"))
+		}
+	}
+	n := m.node()
+	m.draw(n)
+	_, _ = m.recover(n, runs)
+}
+
+// endNode: an operator drains or removes a node that lives, by what he saw a while
+// ago, perhaps after a colleague did, and after it came back.
+func (m *model) endNode() {
+	if len(m.old) == 0 || m.restored {
+		return
+	}
+	s := rapid.SampledFrom(m.old).Draw(m.t, "old decision")
+	b := rapid.SampledFrom(s.belongings).Draw(m.t, "of")
+	by := m.w.admin
+	if rapid.Bool().Draw(m.t, "by a colleague") {
+		by = m.colleague
+	}
+	remove := rapid.Bool().Draw(m.t, "remove")
+	// The operator says that these pods are gone, and ends no others.
+	for id := range maps.Clone(m.told) {
+		if id.Node != b.Node {
+			continue
+		}
+		var a keyspace.Attachment
+		if kv, ok := m.w.store.now().keys[testKeys.Attachment(id)]; !ok || keyspace.Decode(kv.value, &a) != nil {
+			m.t.Fatalf("%v is not in etcd", id)
+		}
+		if remove && b.Head != nil && a.Acquire.Chain == b.Head.Chain ||
+			slices.ContainsFunc(b.Leases, func(l Belonging) bool { return l.ID == id && l.Value.Acquire == a.Acquire }) {
+			delete(m.told, id)
+			m.gone[id] = true
+		}
+	}
+	m.draw(by)
+	if remove {
+		m.ill[b.Node] = true
+	}
+	before := maps.Clone(m.told)
+	_ = by.run(func(w *Writer) error { _, err := w.End(context.Background(), b, remove, "test"); return err })
+	// What it got on that chain while the operator was at it ends, too.
+	for _, e := range m.entries() {
+		id := keyspace.AttachmentID{Node: e.Node, Network: e.Network, Container: e.Container, Interface: e.Interface}
+		if _, was := before[id]; !was && e.Op == entry.Acquire && remove && b.Head != nil && e.Chain == b.Head.Chain && m.told[id] != nil {
+			delete(m.told, id)
+			m.gone[id] = true
+		}
+	}
+}
+
+// leap: the clock jumps, by years.
+func (m *model) leap() {
+	const year = 365 * 24 * time.Hour
+	m.w.clock = m.base.Add(rapid.SampledFrom([]time.Duration{0, time.Minute, -time.Minute, time.Hour, year, -year, 30 * year, -30 * year}).Draw(m.t, "to"))
+}
+
+// mend follows the ways out that refusals name, until the node allocates.
+func (m *model) mend(n *machine) {
+	ctx := context.Background()
+	m.w.step = nil
+	var says error
+	var said []error
+	for range 12 {
+		said = append(said, says)
+		n.reconnect()
+		m.w.admin.reconnect()
+		switch {
+		case says == nil:
+			c := m.container()
+			_, err := n.add(m.pools[0], c)
+			m.gone[n.attachment(c)] = true
+			if err == nil || errors.Is(err, ErrExhausted) {
+				if err := n.del(c); err != nil {
+					m.t.Fatal(err)
+				}
+				delete(m.ill, n.who.Name)
+				return
+			}
+			says = err
+		case strings.Contains(says.Error(), "'ledger node remove "+n.who.Name+"'"):
+			b, err := m.w.admin.writer().Belongings(ctx, n.who.Name)
+			if err != nil {
+				m.t.Fatal(err)
+			}
+			says = m.w.admin.run(func(w *Writer) error { _, err := w.End(ctx, b, true, "test"); return err })
+		case strings.Contains(says.Error(), "'ledger node replace "+n.who.Name+"'"):
+			m.replace(n)
+			says = nil
+		case strings.Contains(says.Error(), "'ledger recover node'"):
+			r, err := m.recover(n, sandboxes{m})
+			if says = err; err == nil && !r.Done {
+				m.t.Fatalf("%v: recover: %+v", n.who, r)
+			}
+		default:
+			m.t.Fatalf("%v: no way out: %v", n.who, says)
+		}
+	}
+	m.t.Fatalf("%v: its ways out lead nowhere: %v", n.who, said)
+}
+
+// opened reports whether a node has a chain that goes on in its state directory.
+func (m *model) opened(n *machine) bool {
+	dir, _ := statedir.Open(n.dir)
+	mark, err := dir.LoadMark()
+	value := m.writerOf(n)
+	return err == nil && mark != nil && value != nil && value.Chain == mark.Chain && value.Closed.IsZero() && value.Disputed == ""
+}
+
+// twin: a copy of the machine, with its machine ID, writes as the node. When both
+// have, both are refused, until an operator says which is the node.
+func (m *model) twin() {
+	n := m.node()
+	if m.restored || m.frozen || m.ill[n.who.Name] || !m.opened(n) {
+		return
+	}
+	m.w.step = nil
+	m.w.store.land()
+	other := &machine{w: m.w, who: n.who, dir: filepath.Join(m.w.root, "twin-of-"+n.who.Name), id: n.id, boot: n.boot + 2000}
+	other.reconnect()
+	n.reconnect()
+	if err := os.RemoveAll(other.dir); err != nil {
+		m.t.Fatal(err)
+	}
+	if err := copyDir(n.dir, other.dir); err != nil {
+		m.t.Fatal(err)
+	}
+	c := m.container()
+	m.gone[n.attachment(c)] = true // the twin goes away with its pods
+	if _, err := other.add(m.pools[0], c); err != nil {
+		return // no room for it, so that it did not write
+	}
+	m.ill[n.who.Name] = true
+	for _, x := range []*machine{n, other, n} {
+		x.reconnect()
+		c := m.container()
+		m.gone[x.attachment(c)] = true
+		if _, err := x.add(m.pools[0], c); !errors.Is(err, ErrIntegrity) {
+			m.t.Fatalf("one of two machines that are %v was answered %v", n.who, err)
+		}
+	}
+	m.replace(n)
+}
+
+// image and putBack: the machine is put back from an image of itself. Its pods are
+// gone; the rest is as it was then.
+func (m *model) image() {
+	n := m.node()
+	dir := filepath.Join(m.w.root, "image-of-"+n.who.Name)
+	delete(m.images, n.who.Name)
+	if err := os.RemoveAll(dir); err != nil {
+		m.t.Fatal(err)
+	}
+	if err := copyDir(n.dir, dir); err != nil {
+		return // it has none yet
+	}
+	m.images[n.who.Name] = dir
+}
+
+func (m *model) putBack() {
+	n := m.node()
+	from := m.images[n.who.Name]
+	if from == "" || m.restored {
+		return
+	}
+	m.loseNode(n)
+	if err := copyDir(from, n.dir); err != nil {
+		m.t.Fatal(err)
+	}
+	n.reconnect()
+	m.ill[n.who.Name] = true
+}
+
+// loseNode: the machine's pods are gone, and its state directory.
+func (m *model) loseNode(n *machine) {
+	for _, id := range slices.Collect(maps.Keys(m.told)) {
+		if id.Node == n.who.Name {
+			delete(m.told, id)
+			m.gone[id] = true
+		}
+	}
+	// With the state directory its queue is lost: those leases are for GC to find.
+	dir, _ := statedir.Open(n.dir)
+	queue, _ := dir.Queue()
+	for _, q := range queue {
+		m.gone[q.Attachment] = true
+	}
+	m.w.store.land() // a machine that is gone sends nothing more
+	n.boot++
+	if err := os.RemoveAll(n.dir); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+// spoil: somebody writes garbage into a key of the node's own, or deletes it. The
+// way out that is named works, and leaves nothing for verify to find.
+func (m *model) spoil() {
+	n := m.node()
+	if m.restored || m.frozen || m.ill[n.who.Name] || !m.opened(n) {
+		return
+	}
+	m.w.step = nil
+	m.w.store.land()
+	n.reconnect()
+	m.w.admin.reconnect()
+	ids := map[keyspace.AttachmentID]bool{}
+	for id := range m.told {
+		if id.Node == n.who.Name {
+			ids[id] = true
+		}
+	}
+	key := testKeys.Writer(n.who)
+	id, ok := m.pick(ids)
+	attachment := ok && rapid.Bool().Draw(m.t, "an attachment")
+	if attachment {
+		key = testKeys.Attachment(id)
+	}
+	deleted := rapid.Bool().Draw(m.t, "deleted")
+	// No backup is of the time in between.
+	clean := len(m.w.store.history)
+	defer func() { m.w.store.history = append(m.w.store.history[:clean], m.w.store.now()) }()
+	m.w.store.mu.Lock()
+	m.w.store.apply(Txn{Then: []Write{{Key: key, Value: []byte("garbage"), Delete: deleted}}})
+	m.w.store.mu.Unlock()
+	if !attachment {
+		c := m.container()
+		m.gone[n.attachment(c)] = true
+		if _, err := n.add(m.pools[0], c); !errors.Is(err, ErrIntegrity) || !strings.Contains(err.Error(), "'ledger node replace "+n.who.Name+"'") {
+			m.t.Fatalf("%v, whose head is spoilt, answers %v", n.who, err)
+		}
+		m.replace(n)
+		m.ill[n.who.Name] = true
+		return
+	}
+	delete(m.told, id)
+	m.gone[id] = true
+	err := m.w.admin.run(func(w *Writer) error {
+		if deleted {
+			return w.Lost(context.Background(), id, entry.Ref{}, "test")
+		}
+		return w.ReleaseLease(context.Background(), id, entry.Ref{}, "test")
+	})
+	if err != nil {
+		m.t.Fatalf("%v, whose attachment is spoilt: %v", id, err)
 	}
 }
 
@@ -739,6 +1104,9 @@ func (m *model) finish() {
 			m.t.Fatalf("thaw: %v", err)
 		}
 	}
+	for _, n := range w.nodes {
+		m.mend(n)
+	}
 	for id := range m.live() {
 		n := m.machineOf(id)
 		n.reconnect()
@@ -772,6 +1140,7 @@ func (m *model) finish() {
 			}
 		}
 	}
+	w.clock = w.clock.Add(2 * time.Hour) // nothing is cooling any more
 	for _, n := range w.nodes {
 		c := m.container()
 		if _, err := n.add(m.pools[0], c); m.pools[0].Strict && errors.Is(err, ErrExhausted) {
@@ -793,17 +1162,26 @@ func TestModel(t *testing.T) {
 		w.init(t)
 		// The keys that restores may not undo.
 		w.store.history = w.store.history[len(w.store.history)-1:]
-		m := &model{t: rt, w: w, told: map[keyspace.AttachmentID][]netip.Addr{}, gone: map[keyspace.AttachmentID]bool{}, replaced: map[string]bool{}}
+		m := &model{
+			t: rt, w: w, told: map[keyspace.AttachmentID][]netip.Addr{}, gone: map[keyspace.AttachmentID]bool{}, replaced: map[string]bool{}, space: map[keyspace.AttachmentID]string{},
+			ill: map[string]bool{}, images: map[string]string{}, base: w.clock,
+			colleague: w.machine(entry.Writer{Kind: entry.KindOperator, Name: "colleague@desk"}),
+		}
+		cooldown := rapid.SampledFrom([]time.Duration{0, 0, 3 * time.Millisecond, time.Hour}).Draw(rt, "cooldown")
 		size := rapid.SampledFrom([]int{2, 4}).Draw(rt, "blockSize")
-		small, err := NewPool("default", "net", rangeSets("10.22.0.0/28"), nil, rapid.Bool().Draw(rt, "strict"), size, 0)
+		small, err := NewPool("default", "net", rangeSets("10.22.0.0/28"), nil, rapid.Bool().Draw(rt, "strict"), size, cooldown)
 		if err != nil {
 			rt.Fatal(err)
 		}
-		dual, err := NewPool("default", "net", rangeSets("10.22.0.0/28", "fd00::/64"), nil, false, size, 0)
+		dual, err := NewPool("default", "net", rangeSets("10.22.0.0/28", "fd00::/64"), nil, false, size, cooldown)
 		if err != nil {
 			rt.Fatal(err)
 		}
-		m.pools = []*Pool{small, dual}
+		red, err := NewPool("red", "net", rangeSets("10.22.0.0/28"), nil, false, size, cooldown)
+		if err != nil {
+			rt.Fatal(err)
+		}
+		m.pools = []*Pool{small, dual, red}
 		rt.Repeat(map[string]func(*rapid.T){
 			"add":             func(*rapid.T) { m.add() },
 			"add2":            func(*rapid.T) { m.add() },
@@ -822,6 +1200,14 @@ func TestModel(t *testing.T) {
 			"reimage":         func(*rapid.T) { m.reimage() },
 			"clone":           func(*rapid.T) { m.clone() },
 			"restore":         func(*rapid.T) { m.restore() },
+			"remember":        func(*rapid.T) { m.remember() },
+			"recoverAny":      func(*rapid.T) { m.recoverAny() },
+			"endNode":         func(*rapid.T) { m.endNode() },
+			"leap":            func(*rapid.T) { m.leap() },
+			"twin":            func(*rapid.T) { m.twin() },
+			"image":           func(*rapid.T) { m.image() },
+			"putBack":         func(*rapid.T) { m.putBack() },
+			"spoil":           func(*rapid.T) { m.spoil() },
 			"":                m.invariants,
 		})
 		m.finish()

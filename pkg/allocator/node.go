@@ -26,8 +26,8 @@ type Request struct {
 	Reason    string
 }
 
-// drainLimit is how many queued releases one call settles at most, so that a
-// long queue does not hold up a pod.
+// drainLimit is how many queued releases one call tries at most, so that a long
+// queue does not hold up a pod.
 const drainLimit = 8
 
 // Acquire gives an attachment one address of each range set of the pool, or
@@ -39,9 +39,9 @@ const drainLimit = 8
 // is safe.
 func (w *Writer) Acquire(ctx context.Context, req Request) (*keyspace.Attachment, error) {
 	var out *keyspace.Attachment
-	lost := false
-	err := w.with(ctx, func(s *session) error {
-		defer func() { lost = s.lost }()
+	s := &session{Writer: w}
+	s.gaveUp = func(err error) error { return s.orQueue(req.ID, err) }
+	err := w.withSession(ctx, s, func(s *session) error {
 		if err := s.drain(req.ID); err != nil {
 			return err
 		}
@@ -50,23 +50,23 @@ func (w *Writer) Acquire(ctx context.Context, req Request) (*keyspace.Attachment
 		return err
 	})
 	if err != nil {
-		return nil, w.orQueue(req.ID, lost, err)
+		return nil, err
 	}
 	return out, nil
 }
 
-// orQueue queues the release of an attachment whose acquire may have happened
-// though the caller is told that it did not. lost says that a reply was lost on
-// the way. What was answered before stays: its runtime knows of it, and will DEL.
-func (w *Writer) orQueue(id keyspace.AttachmentID, lost bool, err error) error {
-	pending, perr := w.Dir.Pending()
-	if !errors.Is(err, ErrUnknownOutcome) && !errors.Is(err, errCommitted) && !lost && !pending && perr == nil {
+// orQueue queues, while the lock is held, the release of an attachment whose
+// acquire may have happened though the caller is told that it did not. What was
+// answered before stays: its runtime knows of it, and will DEL.
+func (s *session) orQueue(id keyspace.AttachmentID, err error) error {
+	pending, perr := s.Dir.Pending()
+	if !errors.Is(err, ErrUnknownOutcome) && !errors.Is(err, errCommitted) && !s.lost && !pending && perr == nil {
 		return err
 	}
-	if w.Dir.Holding(id) != nil {
+	if s.Dir.Holding(id) != nil {
 		return err
 	}
-	if qerr := w.Dir.Enqueue(statedir.Queued{Attachment: id, Time: w.Now().UTC(), Reason: "add failed"}); qerr != nil {
+	if qerr := s.Dir.Enqueue(statedir.Queued{Attachment: id, Time: s.Now().UTC(), Reason: "add failed"}); qerr != nil {
 		return errors.Join(err, fmt.Errorf("%w: queueing the release: %w", ErrState, qerr))
 	}
 	return err
@@ -89,7 +89,7 @@ func (s *session) acquire(req *Request) (*keyspace.Attachment, error) {
 		switch {
 		case errors.Is(err, errAgain):
 			q.lost++
-		case serializable && !errors.Is(err, ErrUnavailable) && !errors.Is(err, ErrUnknownOutcome):
+		case serializable && mayLag(err):
 			// Only a linearizable view may say no.
 		default:
 			return nil, err
@@ -101,6 +101,12 @@ func (s *session) acquire(req *Request) (*keyspace.Attachment, error) {
 			s.pause(q.lost)
 		}
 	}
+}
+
+// mayLag reports whether what went wrong may be due to a view that lags. A view that
+// shows a rollback has been taken again already, and a commit's reply does not lag.
+func mayLag(err error) bool {
+	return !errors.Is(err, ErrUnavailable) && !errors.Is(err, ErrUnknownOutcome) && !errors.Is(err, errRollback)
 }
 
 func (s *session) tryAcquire(req *Request, q question, serializable bool) (*keyspace.Attachment, error) {
@@ -118,8 +124,11 @@ func (s *session) tryAcquire(req *Request, q question, serializable bool) (*keys
 		if err != nil {
 			return nil, err // decided without reading: no view could change it
 		}
-		first = *n
-		gets = append(gets, s.gets(q.pool, &first)...)
+		first, k.memory = *n, s.recall(&q)
+		if k.memory != nil && first.allBlocks {
+			first = need{} // that is read with all else
+		}
+		gets = append(gets, s.gets(q.pool, &first, k)...)
 	}
 	v, err := s.look(serializable, gets...)
 	if err != nil {
@@ -132,13 +141,14 @@ func (s *session) tryAcquire(req *Request, q question, serializable bool) (*keys
 	if err := s.refused(v); err != nil {
 		return nil, err
 	}
-	change := change{compare: []Compare{{Key: attachment}}}
+	change := change{time: q.now, compare: []Compare{{Key: attachment}}}
 	if q.pool == nil {
 		p, mod, err := s.namedPool(req.PoolName, v.extra[1])
 		if err != nil {
 			return nil, err
 		}
 		q.pool, q.hints = p, s.Dir.Blocks(p.Space, p.Name)
+		k.memory = s.recall(&q)
 		change.compare = append(change.compare, Compare{Key: s.Keys.Pool(req.PoolName), Mod: mod})
 	} else if err := s.learn(k, &first, v.extra[1:]); err != nil {
 		return nil, err
@@ -148,9 +158,9 @@ func (s *session) tryAcquire(req *Request, q question, serializable bool) (*keys
 		return nil, err
 	}
 
-	value := keyspace.Attachment{Space: q.pool.Space, Pool: q.pool.Name, Hold: int64((q.pool.Hold + time.Second - 1) / time.Second), Pod: req.Pod, PodUID: req.PodUID}
+	value := keyspace.Attachment{Space: q.pool.Space, Pool: q.pool.Name, Cooldown: q.pool.cooldown(), Pod: req.Pod, PodUID: req.PodUID}
 	e := &entry.Entry{
-		Op: entry.Acquire, Space: q.pool.Space, Pool: q.pool.Name,
+		Op: entry.Acquire, Space: q.pool.Space, Pool: q.pool.Name, Cooldown: value.Cooldown,
 		Network: req.ID.Network, Container: req.ID.Container, Interface: req.ID.Interface, Node: req.ID.Node,
 		Pod: req.Pod, PodUID: req.PodUID, Trace: req.Trace, Reason: req.Reason,
 	}
@@ -158,7 +168,7 @@ func (s *session) tryAcquire(req *Request, q question, serializable bool) (*keys
 	hints := q.hints
 	for _, c := range choices {
 		value.Leases = append(value.Leases, c.lease)
-		e.Addresses = append(e.Addresses, entry.Address{IP: c.ip, After: c.after})
+		e.Addresses = append(e.Addresses, acquired(c.lease, c.after))
 		change.compare = append(change.compare, Compare{Key: s.Keys.Address(q.pool.Space, c.ip), Mod: c.mod})
 		block := keyspace.BlockID{Space: q.pool.Space, Pool: q.pool.Name, Prefix: c.block}
 		switch {
@@ -174,8 +184,11 @@ func (s *session) tryAcquire(req *Request, q question, serializable bool) (*keys
 		}
 	}
 	change.entries = []*entry.Entry{e}
-	change.writes = func(refs []entry.Ref) []Write {
+	change.prepare = func(refs []entry.Ref) error {
 		value.Acquire = refs[0]
+		return s.Dir.Prepare(statedir.Holding{ID: req.ID, Value: value})
+	}
+	change.writes = func(refs []entry.Ref) []Write {
 		writes := s.putAddresses(q.pool.Space, q.pool.Name, addrsOf(value.Leases), req.ID, refs[0])
 		writes = append(writes, Write{Key: attachment, Value: keyspace.Encode(value)})
 		return append(writes, s.putBlocks(claims, req.ID.Node, refs[0])...)
@@ -188,12 +201,33 @@ func (s *session) tryAcquire(req *Request, q question, serializable bool) (*keys
 	if err := s.Dir.SaveBlocks(q.pool.Space, q.pool.Name, hints[:min(len(hints), maxHints)]); err != nil {
 		s.Log.Warn("the hint which block to look at was not kept", "err", err)
 	}
-	return &value, s.hold(req.ID, value)
+	return &value, s.hold(req.ID)
 }
 
-func (s *session) hold(id keyspace.AttachmentID, value keyspace.Attachment) error {
-	if err := s.Dir.Hold(statedir.Holding{ID: id, Value: value}); err != nil {
+// maxHints is how many blocks are remembered to be looked at first.
+const maxHints = 8
+
+// acquired is an address as an acquire records it.
+func acquired(l keyspace.Lease, after entry.Ref) entry.Address {
+	return entry.Address{IP: l.Address.Addr(), Bits: l.Address.Bits(), Gateway: l.Gateway, Range: l.Range, After: after}
+}
+
+// hold puts in place the holding that was prepared before a commit.
+func (s *session) hold(id keyspace.AttachmentID) error {
+	if err := s.Dir.Hold(id); err != nil {
 		return fmt.Errorf("%w: %w: %w", errCommitted, ErrState, err)
+	}
+	return nil
+}
+
+// remember notes a holding that needs no commit.
+func (s *session) remember(id keyspace.AttachmentID, value keyspace.Attachment) error {
+	err := s.Dir.Prepare(statedir.Holding{ID: id, Value: value})
+	if err == nil {
+		err = s.Dir.Hold(id)
+	}
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrState, err)
 	}
 	return nil
 }
@@ -202,25 +236,27 @@ func (s *session) hold(id keyspace.AttachmentID, value keyspace.Attachment) erro
 //
 // A choice may rest on reads at several revisions, as the commit compares each key
 // of it. "Exhausted" may not: an address that goes from here to there, always free,
-// would be missed in both places. So that is read again at one revision.
+// would be missed in both places. So all of the pool is read at one revision.
 func (s *session) choose(q *question, k *known, serializable bool, revision int64) ([]choice, error) {
-	one := true
+	one, whole := true, false
 	for {
 		choices, n, err := plan(q, k)
-		if errors.Is(err, ErrExhausted) && !one && !serializable {
-			n, k, one = &need{allBlocks: true}, newKnown(), true
-			for i := range q.pool.Sets {
-				n.addrs = append(n.addrs, q.pool.Sets[i].Spans()...)
-			}
-			revision = 0
-		} else if err != nil || n == nil {
+		exhausted := errors.Is(err, ErrExhausted) && !one && !serializable
+		if n == nil && !exhausted {
 			return choices, err
 		}
-		r, err := s.Store.Read(s.ctx, serializable, s.gets(q.pool, n))
+		if !whole && (exhausted || q.pool.small() && (n.limit > 0 || n.allBlocks && k.memory != nil)) {
+			if k, err = s.whole(q, k.memory); err != nil {
+				return nil, err
+			}
+			one, whole = true, true
+			continue
+		}
+		r, err := s.Store.Read(s.ctx, serializable, s.gets(q.pool, n, k))
 		if err != nil {
 			return nil, err
 		}
-		one = one && (revision == 0 || r.Revision == revision)
+		one = one && r.Revision == revision
 		revision = r.Revision
 		if err := s.learn(k, n, r.Ranges); err != nil {
 			return nil, err
@@ -235,7 +271,7 @@ func (s *session) existing(req *Request, kv KV, v *view) (*keyspace.Attachment, 
 	}
 	var a keyspace.Attachment
 	if err := decodeAttachment(kv.Value, &a); err != nil {
-		return nil, fmt.Errorf("%w: %s: %w; run 'ledger verify'", ErrIntegrity, kv.Key, err)
+		return nil, spoilt(req.ID, kv.Key, err)
 	}
 	if err := s.confirm(req.ID, &a); err != nil {
 		return nil, err
@@ -245,7 +281,7 @@ func (s *session) existing(req *Request, kv KV, v *view) (*keyspace.Attachment, 
 			return nil, fmt.Errorf("%w: %v was asked for, and %v holds %v already", ErrNotAvailable, ip, req.ID, addrsOf(a.Leases))
 		}
 	}
-	return &a, s.hold(req.ID, a)
+	return &a, s.remember(req.ID, a)
 }
 
 // confirm reads, linearizable, whether each address of an attachment names it.
@@ -266,14 +302,14 @@ func (s *session) leased(id keyspace.AttachmentID, a *keyspace.Attachment, answe
 		key := s.Keys.Address(a.Space, l.Address.Addr())
 		var v keyspace.Address
 		if len(answers[i].KVs) == 0 {
-			return nil, fmt.Errorf("%w: %s is absent, and attachment %v holds it; run 'ledger verify'", errSpoilt, key, id)
+			return nil, spoilt(id, key, errors.New("it is absent, and the attachment holds it"))
 		}
 		kv := answers[i].KVs[0]
 		if err := decodeAddress(kv.Value, &v); err != nil {
-			return nil, fmt.Errorf("%w: %s: %w; run 'ledger verify'", errSpoilt, key, err)
+			return nil, spoilt(id, key, err)
 		}
 		if v.State != keyspace.Leased || *v.Holder != id || v.Acquire != a.Acquire {
-			return nil, fmt.Errorf("%w: %s names another lease than attachment %v; run 'ledger verify'", errSpoilt, key, id)
+			return nil, spoilt(id, key, errors.New("it names another lease than the attachment"))
 		}
 		compare = append(compare, Compare{Key: key, Mod: kv.Mod})
 	}
@@ -299,32 +335,43 @@ func (s *session) namedPool(name string, r Range) (*Pool, int64, error) {
 // etcd or the ledger does not let it, the release is queued, which is success
 // too: only where that fails does it return an error, ErrState.
 func (w *Writer) Release(ctx context.Context, id keyspace.AttachmentID, reason string) error {
-	err := w.with(ctx, func(s *session) error {
+	s := &session{Writer: w}
+	enqueue := func(err error) error {
+		// Where the node's name was changed, the pod is from before: etcd has it under
+		// the name that the state directory remembers.
+		if m, merr := w.Dir.LoadMark(); merr == nil && m != nil && id.Node == w.Config.Writer.Name {
+			if was, ok := strings.CutPrefix(m.Writer, string(entry.KindNode)+"/"); ok {
+				id.Node = was
+			}
+		}
+		w.Log.Warn("release queued", "attachment", id.String(), "err", err)
+		if err := w.Dir.Enqueue(statedir.Queued{Attachment: id, Time: w.Now().UTC(), Reason: reason}); err != nil {
+			return fmt.Errorf("%w: release of %v can be neither committed nor queued: %w", ErrState, id, err)
+		}
+		return nil
+	}
+	s.gaveUp = func(err error) error {
+		if err := enqueue(err); err != nil {
+			return err
+		}
+		// The runtime is told that it is gone, so a recovery must not bring it back.
+		if err := w.Dir.Unhold(id); err != nil {
+			return fmt.Errorf("%w: %w", ErrState, err)
+		}
+		return nil
+	}
+	err := w.withSession(ctx, s, func(s *session) error {
 		if err := s.letGo(id, reason); err != nil {
 			return err
 		}
-		s.drainSome(keyspace.AttachmentID{})
+		_ = s.drainSome(keyspace.AttachmentID{}) // what this was asked for is done
 		return nil
 	})
-	if err == nil {
-		return nil
+	if err != nil && !s.locked {
+		// What is remembered is another's to change; the queue stands over it.
+		return enqueue(err)
 	}
-	// Where the node's name was changed, the pod is from before: etcd has it under
-	// the name that the state directory remembers.
-	if m, merr := w.Dir.LoadMark(); merr == nil && m != nil && id.Node == w.Config.Writer.Name {
-		if was, ok := strings.CutPrefix(m.Writer, string(entry.KindNode)+"/"); ok {
-			id.Node = was
-		}
-	}
-	w.Log.Warn("release queued", "attachment", id.String(), "err", err)
-	if err := w.Dir.Enqueue(statedir.Queued{Attachment: id, Time: w.Now().UTC(), Reason: reason}); err != nil {
-		return fmt.Errorf("%w: release of %v can be neither committed nor queued: %w", ErrState, id, err)
-	}
-	// The runtime is told that it is gone, so a recovery must not bring it back.
-	if err := w.Dir.Unhold(id); err != nil {
-		return fmt.Errorf("%w: %w", ErrState, err)
-	}
-	return nil
+	return err
 }
 
 // letGo releases what the runtime no longer has. The holding goes first: a crash
@@ -366,7 +413,7 @@ func (s *session) release(id keyspace.AttachmentID, only entry.Ref, guess *keysp
 			if tries++; tries > 2 {
 				s.pause(tries)
 			}
-		case serializable && !errors.Is(err, ErrUnavailable) && !errors.Is(err, ErrUnknownOutcome):
+		case serializable && mayLag(err):
 		default:
 			return err
 		}
@@ -399,7 +446,7 @@ func (s *session) tryRelease(id keyspace.AttachmentID, only entry.Ref, guess *ke
 	kv := v.extra[0].KVs[0]
 	var a keyspace.Attachment
 	if err := decodeAttachment(kv.Value, &a); err != nil {
-		return nil, fmt.Errorf("%w: %s: %w; run 'ledger verify'", errSpoilt, kv.Key, err)
+		return nil, spoilt(id, kv.Key, err)
 	}
 	if !only.IsZero() && a.Acquire != only {
 		return nil, fmt.Errorf("lease %s of %v: %w: it is lease %s now", only, id, ErrNotFound, a.Acquire)
@@ -422,19 +469,15 @@ func (s *session) tryRelease(id keyspace.AttachmentID, only entry.Ref, guess *ke
 	for _, ip := range addrsOf(a.Leases) {
 		e.Addresses = append(e.Addresses, entry.Address{IP: ip})
 	}
-	var until *time.Time
-	if a.Hold > 0 {
-		t := s.Now().UTC().Add(time.Duration(a.Hold) * time.Second).Truncate(time.Second)
-		until = &t
-	}
+	now := s.Now().UTC()
 	_, err = s.commit(v, change{
 		entries: []*entry.Entry{e},
+		time:    now,
 		compare: append(compare, Compare{Key: attachment, Mod: kv.Mod}),
 		writes: func(refs []entry.Ref) []Write {
 			writes := []Write{{Key: attachment, Delete: true}}
 			for _, ip := range addrsOf(a.Leases) {
-				free := keyspace.Address{State: keyspace.Free, Pool: a.Pool, Release: refs[0], HeldUntil: until}
-				writes = append(writes, Write{Key: s.Keys.Address(a.Space, ip), Value: keyspace.Encode(free)})
+				writes = append(writes, s.freeAddress(a.Space, ip, keyspace.Address{Pool: a.Pool, Release: refs[0], Since: now, Cooldown: a.Cooldown}))
 			}
 			return writes
 		},
@@ -449,48 +492,70 @@ func (s *session) drain(id keyspace.AttachmentID) error {
 			return err
 		}
 	}
-	s.drainSome(id)
-	return nil
+	return s.drainSome(id)
 }
 
-// drainSome settles some queued releases; one that cannot be settled now waits on.
-func (s *session) drainSome(but keyspace.AttachmentID) (left int) {
-	queue, err := s.Dir.Queue()
+// drainSome tries some queued releases; one that cannot be settled now waits on. It
+// fails only where it is not known what became of one: then nothing may be answered.
+func (s *session) drainSome(but keyspace.AttachmentID) error {
+	queue, err := s.Dir.Some(drainLimit)
 	if err != nil {
-		s.Log.Warn("the queue of releases cannot be read in full", "err", err)
+		s.Log.Warn("some queued releases cannot be read", "err", err)
 	}
-	settled := 0
-	for i, q := range queue {
+	for _, q := range queue {
 		if q.Attachment == but {
 			continue
 		}
-		if settled >= drainLimit {
-			return left + len(queue) - i
+		if err := s.drainOne(q); errors.Is(err, ErrUnknownOutcome) {
+			return err
+		} else if err != nil {
+			break
 		}
-		err := s.letGo(q.Attachment, queuedReason(q))
-		if err == nil {
-			settled++
-			continue
-		}
-		s.Log.Warn("a queued release waits on", "attachment", q.Attachment.String(), "err", err)
-		if !errors.Is(err, errSpoilt) {
-			return left + len(queue) - i
-		}
-		left++ // what stands in etcd for this one keeps nobody else waiting
 	}
-	return left
+	return nil
+}
+
+// drainOne settles a queued release, or sets it aside. It fails where the next one
+// would fare no better.
+func (s *session) drainOne(q statedir.Queued) error {
+	err := s.letGo(q.Attachment, queuedReason(q))
+	if err == nil {
+		return nil
+	}
+	s.Log.Warn("a queued release waits on", "attachment", q.Attachment.String(), "err", err)
+	if !errors.Is(err, errSpoilt) {
+		return err
+	}
+	// What stands in etcd for this one keeps nobody else waiting.
+	if err := s.Dir.SetAside(q.Attachment); err != nil {
+		s.Log.Warn("a queued release cannot be set aside", "err", err)
+	}
+	return nil
 }
 
 func queuedReason(q statedir.Queued) string {
 	return fmt.Sprintf("%s; queued %s", q.Reason, q.Time.Format(time.RFC3339))
 }
 
-// Drain settles queued releases until none is left or one cannot be settled; it
-// returns how many wait on.
+// Drain settles queued releases, those set aside included, until none is left or
+// one cannot be settled; it returns how many wait on.
 func (w *Writer) Drain(ctx context.Context) (left int, err error) {
-	for {
-		before := left
-		err = w.with(ctx, func(s *session) error {
+	_, err = w.drainAll(ctx, &session{Writer: w})
+	queue, _ := w.Dir.Queue()
+	return len(queue), err
+}
+
+// drainAll is Drain in sessions like the one that is given.
+func (w *Writer) drainAll(ctx context.Context, like *session) (settled []keyspace.AttachmentID, err error) {
+	queue, err := w.Dir.Queue()
+	if err != nil {
+		w.Log.Warn("the queue of releases cannot be read in full", "err", err)
+	}
+	// Each group takes the lock and its deadline anew: a long queue must not keep
+	// pods of this node waiting.
+	for group := range slices.Chunk(queue, drainLimit) {
+		s := *like
+		err := w.withSession(ctx, &s, func(s *session) error {
 			v, err := s.look(false)
 			if err != nil {
 				return err
@@ -498,13 +563,24 @@ func (w *Writer) Drain(ctx context.Context) (left int, err error) {
 			if err := s.refused(v); err != nil {
 				return err
 			}
-			left = s.drainSome(keyspace.AttachmentID{})
+			for _, q := range group {
+				if !s.Dir.IsQueued(q.Attachment) {
+					continue
+				}
+				if s.drainOne(q) != nil {
+					break
+				}
+				if !s.Dir.IsQueued(q.Attachment) {
+					settled = append(settled, q.Attachment)
+				}
+			}
 			return nil
 		})
-		if err != nil || left == 0 || left == before {
-			return left, err
+		if err != nil {
+			return settled, err
 		}
 	}
+	return settled, nil
 }
 
 // Check reports ErrMismatch unless the attachment holds every one of ips and
@@ -520,7 +596,7 @@ func (w *Writer) Check(ctx context.Context, id keyspace.AttachmentID, ips []neti
 		}
 		var a keyspace.Attachment
 		if err := decodeAttachment(v.extra[0].KVs[0].Value, &a); err != nil {
-			return fmt.Errorf("%w: %s: %w; run 'ledger verify'", ErrIntegrity, v.extra[0].KVs[0].Key, err)
+			return spoilt(id, v.extra[0].KVs[0].Key, err)
 		}
 		if err := s.confirm(id, &a); err != nil {
 			return err
@@ -617,19 +693,39 @@ func (w *Writer) Reap(ctx context.Context, id keyspace.AttachmentID, acquire ent
 // alone, identity or chain (ErrIntegrity) or contact (ErrUnavailable), and not
 // for what is cluster-wide. It drains the queue on the way.
 func (w *Writer) Probe(ctx context.Context) error {
-	return w.with(ctx, func(s *session) error {
+	wide := func(err error) error {
+		w.Log.Warn("cluster-wide, so not this node's status", "err", err)
+		return nil
+	}
+	return w.withSession(ctx, &session{Writer: w, settles: true}, func(s *session) error {
+		// Who this is can be seen before it is known what became of all that was
+		// sent, which an etcd that is full does not let be found out.
+		unclean, err := s.unclean()
+		if err != nil {
+			return err
+		}
+		s.unsettled = unclean
 		v, err := s.look(false)
+		s.unsettled = false
 		if errors.Is(err, errRollback) || errors.Is(err, errDrill) || errors.Is(err, ErrNotInitialised) {
-			s.Log.Warn("cluster-wide, so not this node's status", "err", err)
-			return nil
+			return wide(err)
 		} else if err != nil {
 			return err
 		}
 		if err := s.refused(v); err != nil {
-			s.Log.Warn("cluster-wide, so not this node's status", "err", err)
+			return wide(err)
+		}
+		if err := s.clean(); errors.Is(err, ErrNoSpace) {
+			return wide(err)
+		} else if err != nil {
+			return err
+		}
+		if s.drainSome(keyspace.AttachmentID{}) != nil {
 			return nil
 		}
-		s.drainSome(keyspace.AttachmentID{})
+		if spoilt, _ := s.Dir.Spoilt(); len(spoilt) > 0 { // perhaps it has been mended
+			_ = s.drainOne(spoilt[s.Random()%uint64(len(spoilt))])
+		}
 		return nil
 	})
 }

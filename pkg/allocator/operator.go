@@ -5,10 +5,14 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
+
+	"go4.org/netipx"
 
 	"github.com/ipam-ledger/ipam-ledger/pkg/audit/entry"
 	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
+	"github.com/ipam-ledger/ipam-ledger/pkg/statedir"
 )
 
 // What operators do. Each is one transaction with one entry on the operator's
@@ -32,7 +36,7 @@ func (w *Writer) Init(ctx context.Context, reason string) (keyspace.Meta, bool, 
 				return err
 			}
 			if kvs := r.Ranges[0].KVs; len(kvs) == 1 {
-				if err := keyspace.Decode(kvs[0].Value, &meta); err != nil {
+				if err := decodeMeta(kvs[0].Value, &meta); err != nil {
 					return fmt.Errorf("%w: %s: %w", ErrIntegrity, s.Keys.Meta(), err)
 				}
 				return errMetaPresent
@@ -82,18 +86,22 @@ func newUUID() string {
 
 // putMeta commits a change of meta with its entry.
 func (s *session) putMeta(v *view, meta *keyspace.Meta, reason string, more []Write) error {
-	e := &entry.Entry{
-		Op: entry.Meta, Cluster: meta.Cluster, EtcdCluster: meta.EtcdCluster, Epoch: meta.Epoch,
-		State: string(meta.State), Reason: reason,
-	}
 	_, err := s.commit(v, change{
-		entries: []*entry.Entry{e},
+		entries: []*entry.Entry{metaEntry(meta, reason)},
 		writes: func(refs []entry.Ref) []Write {
 			meta.Entry = refs[0]
 			return append([]Write{{Key: s.Keys.Meta(), Value: keyspace.Encode(meta)}}, more...)
 		},
 	})
 	return err
+}
+
+// metaEntry records all of meta.
+func metaEntry(m *keyspace.Meta, reason string) *entry.Entry {
+	return &entry.Entry{
+		Op: entry.Meta, Cluster: m.Cluster, EtcdCluster: m.EtcdCluster, Epoch: m.Epoch, State: string(m.State),
+		Recovering: m.Recovering, Version: uint64(m.Version), Reason: reason,
+	}
 }
 
 // Meta reads meta, without a lock or a check.
@@ -111,7 +119,10 @@ func (w *Writer) Meta(ctx context.Context) (keyspace.Meta, error) {
 	if len(r.Ranges[0].KVs) == 0 {
 		return meta, fmt.Errorf("%w: %s is absent: run 'ledger init' once", ErrNotInitialised, w.Keys.Meta())
 	}
-	return meta, keyspace.Decode(r.Ranges[0].KVs[0].Value, &meta)
+	if err := decodeMeta(r.Ranges[0].KVs[0].Value, &meta); err != nil {
+		return meta, fmt.Errorf("%w: %s: %w", ErrIntegrity, w.Keys.Meta(), err)
+	}
+	return meta, nil
 }
 
 // again runs f with fresh views until it no longer asks for another.
@@ -151,22 +162,171 @@ func (w *Writer) Freeze(ctx context.Context, reason string) (changed bool, err e
 // ReleaseLease ends the lease that acquire names, of any node's attachment, on
 // this operator's chain, also while the ledger is frozen. ErrNotFound says that
 // the attachment has none, or another by now. A zero acquire means whatever it
-// is, or nothing.
+// is, or nothing. A lease whose keys are spoilt is ended by what is on the record.
 func (w *Writer) ReleaseLease(ctx context.Context, id keyspace.AttachmentID, acquire entry.Ref, reason string) error {
-	return w.withSession(ctx, &session{Writer: w, anyState: true}, func(s *session) error {
-		return s.release(id, acquire, nil, reason)
+	return w.releaseLease(ctx, &session{Writer: w, anyState: true}, id, acquire, reason)
+}
+
+func (w *Writer) releaseLease(ctx context.Context, s *session, id keyspace.AttachmentID, acquire entry.Ref, reason string) error {
+	return w.withSession(ctx, s, func(s *session) error {
+		err := s.release(id, acquire, nil, reason)
+		if errors.Is(err, errSpoilt) {
+			return s.again(func() error { return s.releaseSpoilt(id, acquire, reason) })
+		}
+		return err
 	})
 }
 
-// Unclaim gives a block back. It fails with ErrConflict while an address of it
-// is leased.
-func (w *Writer) Unclaim(ctx context.Context, b keyspace.BlockID, reason string) error {
-	return w.with(ctx, func(s *session) error {
+// Lost ends the lease of an attachment that has no key any more, and that an
+// address key still names: somebody deleted it. Where the attachment has a key, or
+// the address is not its, it is ErrNotFound.
+func (w *Writer) Lost(ctx context.Context, id keyspace.AttachmentID, acquire entry.Ref, reason string) error {
+	return w.withSession(ctx, &session{Writer: w, anyState: true}, func(s *session) error {
+		return s.again(func() error { return s.releaseSpoilt(id, acquire, reason) })
+	})
+}
+
+// releaseSpoilt ends a lease by its acquire entry, whatever stands in its keys: the
+// attachment's is deleted, and each address is freed that does not name another
+// lease. Without an acquire it is the node's last one for the attachment; where none
+// is on the record, what stands there is no lease, and goes without an entry.
+func (s *session) releaseSpoilt(id keyspace.AttachmentID, acquire entry.Ref, reason string) error {
+	e, ref, err := s.lastAcquire(id, acquire)
+	if err != nil {
+		return err
+	}
+	attachment := s.Keys.Attachment(id)
+	gets := []Get{{Key: attachment}}
+	for _, a := range e.Addresses {
+		gets = append(gets, Get{Key: s.Keys.Address(e.Space, a.IP)})
+	}
+	v, err := s.look(false, gets...)
+	if err != nil {
+		return err
+	}
+	if err := s.refused(v); err != nil {
+		return err
+	}
+	now := s.Now().UTC()
+	c := change{time: now}
+	present := len(v.extra[0].KVs) == 1
+	c.compare = append(c.compare, Compare{Key: attachment, Mod: modAt(v.extra[0])})
+	var free []netip.Addr
+	ours := 0
+	for i, a := range e.Addresses {
+		r := v.extra[1+i]
+		c.compare = append(c.compare, Compare{Key: s.Keys.Address(e.Space, a.IP), Mod: modAt(r)})
+		var have keyspace.Address
+		if len(r.KVs) == 1 && decodeAddress(r.KVs[0].Value, &have) == nil {
+			if have.State != keyspace.Leased || have.Acquire != ref {
+				continue // it is another's, or free: leave it alone
+			}
+			ours++
+		}
+		free = append(free, a.IP)
+	}
+	if !present && ours == 0 {
+		return fmt.Errorf("lease of %v: %w", id, ErrNotFound)
+	}
+	if ours > 0 || len(free) > 0 && len(free) == len(e.Addresses) {
+		out := &entry.Entry{
+			Op: entry.Release, Space: e.Space, Pool: e.Pool, Acquire: ref, Reason: reason,
+			Network: id.Network, Container: id.Container, Interface: id.Interface, Node: id.Node, Pod: e.Pod, PodUID: e.PodUID,
+		}
+		for _, a := range e.Addresses {
+			out.Addresses = append(out.Addresses, entry.Address{IP: a.IP})
+		}
+		c.entries = []*entry.Entry{out}
+	} else {
+		free = nil // the lease was ended before; what stands there is no lease
+	}
+	c.writes = func(refs []entry.Ref) (writes []Write) {
+		if present {
+			writes = append(writes, Write{Key: attachment, Delete: true})
+		}
+		for _, ip := range free {
+			writes = append(writes, s.freeAddress(e.Space, ip, keyspace.Address{Pool: e.Pool, Release: refs[0], Since: now, Cooldown: e.Cooldown}))
+		}
+		return writes
+	}
+	_, err = s.commit(v, c)
+	return err
+}
+
+func modAt(r Range) int64 {
+	if len(r.KVs) == 0 {
+		return 0
+	}
+	return r.KVs[0].Mod
+}
+
+// lastAcquire finds the acquire of an attachment's lease on its node's chains: the
+// one that is named, or the last; an empty entry if there is none.
+func (s *session) lastAcquire(id keyspace.AttachmentID, named entry.Ref) (*entry.Entry, entry.Ref, error) {
+	var out *entry.Entry
+	var ref entry.Ref
+	var mod int64
+	err := s.entries(entry.Writer{Kind: entry.KindNode, Name: id.Node}, func(kv KV, e *entry.Entry, r entry.Ref) {
+		if e == nil || e.Op != entry.Acquire || e.Attachment() != id.String() || !named.IsZero() && r != named || kv.Mod < mod {
+			return
+		}
+		out, ref, mod = e, r, kv.Mod
+	})
+	if out == nil {
+		out = new(entry.Entry)
+	}
+	return out, ref, err
+}
+
+// entries calls f with each entry of a writer's chains, chain by chain; with nil
+// where it cannot be read. The chains may grow meanwhile.
+func (s *session) entries(w entry.Writer, f func(kv KV, e *entry.Entry, ref entry.Ref)) error {
+	prefix := s.Keys.Chains() + w.String() + "/"
+	for from := prefix; ; {
+		r, err := s.Store.Read(s.ctx, false, []Get{{Key: from, End: keyspace.After(prefix), Limit: followPage}})
+		if err != nil {
+			return fmt.Errorf("reading the chains of %v: %w", w, err)
+		}
+		kvs := r.Ranges[0].KVs
+		for _, kv := range kvs {
+			key, err := s.Keys.Parse(kv.Key)
+			if err != nil {
+				continue
+			}
+			e, err := entry.Parse(kv.Value)
+			if err != nil || e.Chain != key.Chain || e.Seq != key.Seq {
+				e = nil
+			}
+			f(kv, e, entry.Ref{Chain: key.Chain, Seq: key.Seq, Hash: entry.HashOf(kv.Value)})
+		}
+		if !r.Ranges[0].More {
+			return nil
+		}
+		from = kvs[len(kvs)-1].Key + "\x00"
+	}
+}
+
+// Claim is a block with the claim that makes it a node's. Node is who has it by
+// the record, where the key cannot be read; else it may be empty.
+type Claim struct {
+	Block keyspace.BlockID
+	Claim entry.Ref // zero: whichever it is
+	Node  string
+}
+
+// Unclaim gives a block back, if its claim is still the one that is named. It fails
+// with ErrConflict while an address of it is leased.
+func (w *Writer) Unclaim(ctx context.Context, c Claim, reason string) error {
+	return w.with(ctx, unclaim(c, reason))
+}
+
+func unclaim(c Claim, reason string) func(s *session) error {
+	b := c.Block
+	return func(s *session) error {
 		return s.again(func() error {
-			set := RangeSet{segments: []segment{{IPRange: rangeOf(b.Prefix), bits: b.Prefix.Bits()}}}
-			n := need{blocks: nil, addrs: set.within(b.Prefix)}
-			pool := &Pool{Space: b.Space, Name: b.Pool}
-			gets := append([]Get{{Key: s.Keys.Block(b)}}, s.gets(pool, &n)...)
+			n := need{addrs: []netipx.IPRange{rangeOf(b.Prefix)}}
+			k := newKnown()
+			gets := append([]Get{{Key: s.Keys.Block(b)}}, s.gets(&Pool{Space: b.Space, Name: b.Pool}, &n, k)...)
 			v, err := s.look(false, gets...)
 			if err != nil {
 				return err
@@ -179,9 +339,18 @@ func (w *Writer) Unclaim(ctx context.Context, b keyspace.BlockID, reason string)
 			}
 			var claim keyspace.Block
 			if err := keyspace.Decode(v.extra[0].KVs[0].Value, &claim); err != nil {
-				return fmt.Errorf("%w: %s: %w", ErrIntegrity, v.extra[0].KVs[0].Key, err)
+				if c.Node == "" {
+					return fmt.Errorf("%w: %s: %w; 'ledger verify' says whose it is: give it back with --of NODE", ErrIntegrity, v.extra[0].KVs[0].Key, err)
+				}
+				if claim, err = s.claimOnRecord(c.Node, b); err != nil {
+					return err
+				}
+			} else if c.Node != "" && c.Node != claim.Node {
+				return fmt.Errorf("block %v: %w: it is %s's, not %s's", b, ErrNotFound, claim.Node, c.Node)
 			}
-			k := newKnown()
+			if !c.Claim.IsZero() && claim.Claim != c.Claim {
+				return fmt.Errorf("block %v: %w: it has been claimed anew, by %s", b, ErrNotFound, claim.Node)
+			}
 			if err := s.learn(k, &n, v.extra[1:]); err != nil {
 				return err
 			}
@@ -203,12 +372,43 @@ func (w *Writer) Unclaim(ctx context.Context, b keyspace.BlockID, reason string)
 			})
 			return err
 		})
+	}
+}
+
+// claimOnRecord finds a node's last claim of a block on its chains.
+func (s *session) claimOnRecord(node string, b keyspace.BlockID) (keyspace.Block, error) {
+	var out keyspace.Block
+	var mod int64
+	err := s.entries(entry.Writer{Kind: entry.KindNode, Name: node}, func(kv KV, e *entry.Entry, ref entry.Ref) {
+		if e != nil && (e.Op == entry.Acquire || e.Op == entry.Claim) && e.Space == b.Space && e.Pool == b.Pool && slices.Contains(e.Blocks, b.Prefix) && kv.Mod > mod {
+			out, mod = keyspace.Block{Node: node, Claim: ref}, kv.Mod
+		}
 	})
+	if err == nil && mod == 0 {
+		err = fmt.Errorf("%w: the record of %s has no claim of block %v; 'ledger verify' says whose it is", ErrIntegrity, node, b)
+	}
+	return out, err
+}
+
+// Replacement says which writer may start anew, and how.
+type Replacement struct {
+	Writer entry.Writer
+	Chain  entry.ChainID // the one that was decided on; zero: whichever it has
+	Remove bool          // what is leased on it is to end: not before all is, may the writer start anew
+}
+
+// Closed is what a Replace did, or found done.
+type Closed struct {
+	Last entry.Ref // the last entry of the chain that counts
+	By   entry.Ref // the close
 }
 
 // Replace lets a writer that lost its identity open another chain: it closes
-// the old one on this operator's chain. ErrNotFound says that it has none.
-func (w *Writer) Replace(ctx context.Context, lost entry.Writer, reason string) (closes entry.Ref, err error) {
+// the old one on this operator's chain. A head that is gone or cannot be read is
+// made again from the chain's own end. ErrNotFound says that it has no chain,
+// ErrConflict that it is another by now.
+func (w *Writer) Replace(ctx context.Context, p Replacement, reason string) (out Closed, err error) {
+	lost := p.Writer
 	err = w.withSession(ctx, &session{Writer: w, anyState: true, drill: true}, func(s *session) error {
 		if lost == s.Config.Writer {
 			return fmt.Errorf("%w: %v cannot replace itself: another operator must (--as NAME)", ErrIntegrity, lost)
@@ -219,46 +419,140 @@ func (w *Writer) Replace(ctx context.Context, lost entry.Writer, reason string) 
 			if err != nil {
 				return err
 			}
-			if len(v.extra[0].KVs) == 0 {
-				return fmt.Errorf("%v has no chain, so nothing is to be replaced: move its state directory away: %w", lost, ErrNotFound)
-			}
-			kv := v.extra[0].KVs[0]
+			compare := []Compare{{Key: key, Mod: modAt(v.extra[0])}}
 			var value keyspace.Writer
-			if err := keyspace.Decode(kv.Value, &value); err != nil {
-				return fmt.Errorf("%w: %s: %w", ErrIntegrity, key, err)
+			if kvs := v.extra[0].KVs; len(kvs) == 0 || keyspace.Decode(kvs[0].Value, &value) != nil {
+				if value, err = s.chainEnd(lost); err != nil {
+					if len(kvs) == 1 && errors.Is(err, ErrNotFound) {
+						err = fmt.Errorf("%w: nothing goes with %s: delete it ('etcdctl del %[2]s')", err, key)
+					}
+					return err
+				}
+				compare = append(compare, Compare{Key: s.Keys.Entry(lost, value.Chain, value.Seq+1)})
 			}
-			closes = value.Head()
-			if !value.Closed.IsZero() {
+			if p.Chain != (entry.ChainID{}) && p.Chain != value.Chain {
+				return fmt.Errorf("%w: %v has come back, on chain %s: look again", ErrConflict, lost, value.Chain)
+			}
+			out = Closed{value.Head(), value.Closed}
+			if !value.Closed.IsZero() && value.Removed == p.Remove {
 				return nil // done before
 			}
-			e := &entry.Entry{Op: entry.Close, Writer: lost, Closes: closes, Reason: reason}
+			e := &entry.Entry{Op: entry.Close, Writer: lost, Closes: out.Last, Remove: p.Remove, Reason: reason}
 			_, err = s.commit(v, change{
 				entries: []*entry.Entry{e},
-				compare: []Compare{{Key: key, Mod: kv.Mod}},
+				compare: compare,
 				writes: func(refs []entry.Ref) []Write {
-					value.Closed = refs[0]
+					out.By = refs[0]
+					value.Closed, value.Removed = refs[0], p.Remove
 					return []Write{{Key: key, Value: keyspace.Encode(value)}}
 				},
 			})
 			return err
 		})
 	})
-	return closes, err
+	return out, err
 }
 
-// Import records a lease that host-local made on this node. The attachment's
-// addresses must be nobody's, or its own already.
-func (w *Writer) Import(ctx context.Context, id keyspace.AttachmentID, a keyspace.Attachment, reason string) error {
-	return w.with(ctx, func(s *session) error {
-		return s.again(func() error {
-			return s.assert(id, a, reason)
+// chainEnd makes the head of a writer's newest chain from its entries.
+func (s *session) chainEnd(w entry.Writer) (keyspace.Writer, error) {
+	var newest, head keyspace.Writer
+	var opened, mod int64
+	err := s.entries(w, func(kv KV, e *entry.Entry, ref entry.Ref) {
+		if ref.Chain != head.Chain {
+			head, opened = keyspace.Writer{}, kv.Mod
+		}
+		head.Chain, head.Seq, head.Hash = ref.Chain, ref.Seq, ref.Hash
+		switch {
+		case e == nil:
+		case e.Op == entry.Open:
+			head.Key, head.Machine, head.Epoch = e.Key, e.Machine, e.Epoch
+		case e.Op == entry.Rotate:
+			head.Key = e.Key
+		case e.Op == entry.Recover:
+			head.Recover = ref
+		}
+		if opened >= mod {
+			newest, mod = head, opened
+		}
+	})
+	if err == nil && mod == 0 {
+		err = fmt.Errorf("%v has no chain, so nothing is to be replaced: %w", w, ErrNotFound)
+	}
+	return newest, err
+}
+
+// Import records leases that another IPAM made on this node. Each result is nil,
+// or why it was not done: errors.Is ErrConflict where an address is another's,
+// ErrBefore where it is recorded already, ErrEnded where it was, and has ended
+// since: then it is not brought back. With dry nothing is done.
+func (w *Writer) Import(ctx context.Context, leases []statedir.Holding, dry bool, reason string) ([]error, error) {
+	ids := map[string]bool{}
+	for _, l := range leases {
+		ids[l.ID.String()] = true
+	}
+	seen := map[string]bool{} // who has had a lease
+	err := w.with(ctx, func(s *session) error {
+		if _, err := s.look(false); err != nil {
+			return err
+		}
+		return s.entries(w.Config.Writer, func(_ KV, e *entry.Entry, _ entry.Ref) {
+			if e != nil && e.Op == entry.Acquire && ids[e.Attachment()] {
+				seen[e.Attachment()] = true
+			}
 		})
 	})
+	if err != nil {
+		return nil, err
+	}
+	out := make([]error, len(leases))
+	for i, l := range leases {
+		err := w.with(ctx, func(s *session) error {
+			return s.again(func() error { return s.importOne(l, seen[l.ID.String()], dry, reason) })
+		})
+		if out[i] = err; err != nil && !errors.Is(err, ErrConflict) && !errors.Is(err, ErrBefore) && !errors.Is(err, ErrEnded) {
+			return out[:i], fmt.Errorf("%v: %w", l.ID, err) // what is wrong now is wrong for all that follow
+		}
+	}
+	return out, nil
+}
+
+func (s *session) importOne(l statedir.Holding, seen, dry bool, reason string) error {
+	v, err := s.look(false, Get{Key: s.Keys.Attachment(l.ID)})
+	if err != nil {
+		return err
+	}
+	if kvs := v.extra[0].KVs; len(kvs) == 1 {
+		var have keyspace.Attachment
+		if err := decodeAttachment(kvs[0].Value, &have); err != nil {
+			return spoilt(l.ID, kvs[0].Key, err)
+		}
+		if have.Space != l.Value.Space || !slices.Equal(addrsOf(have.Leases), addrsOf(l.Value.Leases)) {
+			return fmt.Errorf("%w: %v holds %v, not %v", ErrConflict, l.ID, addrsOf(have.Leases), addrsOf(l.Value.Leases))
+		}
+		if dry {
+			return ErrBefore
+		}
+		return first(s.remember(l.ID, have), ErrBefore)
+	}
+	if seen {
+		return ErrEnded
+	}
+	s.dry = dry
+	return s.assert(l.ID, l.Value, entry.AssertImport, reason)
+}
+
+func first(errs ...error) error {
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // assert leases given addresses to an attachment: those of an import, or those
 // that a restore lost. ErrConflict names another holder.
-func (s *session) assert(id keyspace.AttachmentID, a keyspace.Attachment, reason string) error {
+func (s *session) assert(id keyspace.AttachmentID, a keyspace.Attachment, how, reason string) error {
 	attachment := s.Keys.Attachment(id)
 	gets := append([]Get{{Key: attachment}}, s.addressGets(a.Space, a.Leases)...)
 	// A restore takes claims back, too. Those that are remembered are made again
@@ -277,18 +571,11 @@ func (s *session) assert(id keyspace.AttachmentID, a keyspace.Attachment, reason
 	if err := s.refused(v); err != nil {
 		return err
 	}
-	if kvs := v.extra[0].KVs; len(kvs) == 1 {
-		var have keyspace.Attachment
-		if err := keyspace.Decode(kvs[0].Value, &have); err != nil {
-			return fmt.Errorf("%w: %s: %w", ErrIntegrity, attachment, err)
-		}
-		if have.Space == a.Space && slices.Equal(addrsOf(have.Leases), addrsOf(a.Leases)) {
-			return s.hold(id, have)
-		}
-		return fmt.Errorf("%w: %v holds %v, not %v", ErrConflict, id, addrsOf(have.Leases), addrsOf(a.Leases))
+	if len(v.extra[0].KVs) == 1 {
+		return fmt.Errorf("%w: %v has got a lease meanwhile", errAgain, id)
 	}
 	e := &entry.Entry{
-		Op: entry.Acquire, Space: a.Space, Pool: a.Pool, Reason: reason, Pod: a.Pod, PodUID: a.PodUID,
+		Op: entry.Acquire, Space: a.Space, Pool: a.Pool, Cooldown: a.Cooldown, Assert: how, Reason: reason, Pod: a.Pod, PodUID: a.PodUID,
 		Network: id.Network, Container: id.Container, Interface: id.Interface, Node: id.Node,
 	}
 	compare := []Compare{{Key: attachment}}
@@ -298,7 +585,7 @@ func (s *session) assert(id keyspace.AttachmentID, a keyspace.Attachment, reason
 		if kvs := v.extra[1+i].KVs; len(kvs) == 1 {
 			var held keyspace.Address
 			if err := decodeAddress(kvs[0].Value, &held); err != nil {
-				return fmt.Errorf("%w: %s: %w", ErrIntegrity, kvs[0].Key, err)
+				return fmt.Errorf("%w: %v: %s: %w; 'ledger verify' says more", ErrConflict, ip, kvs[0].Key, err)
 			}
 			if held.State == keyspace.Leased {
 				return fmt.Errorf("%w: %v is held by %v, and %v says it holds it", ErrConflict, ip, held.Holder, id)
@@ -306,7 +593,10 @@ func (s *session) assert(id keyspace.AttachmentID, a keyspace.Attachment, reason
 			c.Mod, after = kvs[0].Mod, held.Release
 		}
 		compare = append(compare, c)
-		e.Addresses = append(e.Addresses, entry.Address{IP: ip, After: after})
+		e.Addresses = append(e.Addresses, acquired(l, after))
+	}
+	if s.dry {
+		return nil
 	}
 	var claims []keyspace.BlockID
 	for i, b := range blocks {
@@ -319,8 +609,11 @@ func (s *session) assert(id keyspace.AttachmentID, a keyspace.Attachment, reason
 	_, err = s.commit(v, change{
 		entries: []*entry.Entry{e},
 		compare: compare,
-		writes: func(refs []entry.Ref) []Write {
+		prepare: func(refs []entry.Ref) error {
 			a.Acquire = refs[0]
+			return s.Dir.Prepare(statedir.Holding{ID: id, Value: a})
+		},
+		writes: func(refs []entry.Ref) []Write {
 			writes := append(s.putAddresses(a.Space, a.Pool, addrsOf(a.Leases), id, refs[0]), Write{Key: attachment, Value: keyspace.Encode(a)})
 			return append(writes, s.putBlocks(claims, id.Node, refs[0])...)
 		},
@@ -328,5 +621,5 @@ func (s *session) assert(id keyspace.AttachmentID, a keyspace.Attachment, reason
 	if err != nil {
 		return err
 	}
-	return s.hold(id, a)
+	return s.hold(id)
 }

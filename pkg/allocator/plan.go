@@ -2,6 +2,7 @@ package allocator
 
 import (
 	"fmt"
+	"iter"
 	"net/netip"
 	"slices"
 	"strings"
@@ -23,6 +24,8 @@ type known struct {
 	covered   []netipx.IPRange // an address in here and not in addrs was never held
 	blocks    map[netip.Prefix]knownBlock
 	allBlocks bool // a block that is not in blocks is not claimed
+
+	memory *memory // what this node remembers of the pool; nil: nothing
 }
 
 // knownAddress is an address that was held at least once. Its value is decoded
@@ -80,6 +83,10 @@ type choice struct {
 	claim bool  // the block is claimed with this choice
 	own   int64 // mod_revision of the claim it relies on, 0: none
 }
+
+// maxReads is how many ranges are read at a time at most: etcd does no more than
+// 128 operations in one transaction.
+const maxReads = 64
 
 // borrowPage is how many address keys are read at a time when looking for an
 // address to borrow.
@@ -144,15 +151,15 @@ func (q *question) requestedIn(set *RangeSet, ip netip.Addr, k *known) (choice, 
 	case a.bad:
 		return choice{}, nil, fmt.Errorf("%w: the stored value of %v cannot be read; run 'ledger verify'", ErrNotAvailable, ip)
 	case a.value.State == keyspace.Leased:
-		return choice{}, nil, fmt.Errorf("%w: %v is held by %v", ErrNotAvailable, ip, a.value.Holder)
-	case a.held(q.now):
-		return choice{}, nil, fmt.Errorf("%w: %v was released and is held back until %s", ErrNotAvailable, ip, a.value.HeldUntil.Format(time.RFC3339))
+		holder := "another"
+		if a.value.Holder != nil {
+			holder = a.value.Holder.String()
+		}
+		return choice{}, nil, fmt.Errorf("%w: %v is held by %s", ErrNotAvailable, ip, holder)
+	case a.value.Cooling(q.now):
+		return choice{}, nil, fmt.Errorf("%w: %v is cooling: it was released at %s, and waits %d s", ErrNotAvailable, ip, a.value.Since.Format(time.RFC3339), a.value.Cooldown)
 	}
 	return choice{ip: ip, lease: g.lease(ip), mod: a.mod, after: a.value.Release}, nil, nil
-}
-
-func (a *knownAddress) held(now time.Time) bool {
-	return a.value.HeldUntil != nil && a.value.HeldUntil.After(now)
 }
 
 // choose is steps 2 to 5.
@@ -162,22 +169,30 @@ func (q *question) choose(set *RangeSet, k *known) (choice, *need, error) {
 	if k.allBlocks {
 		own = append(own, k.claimedBy(q.node)...)
 	}
+	var unread need
 	for _, p := range own {
-		parts := set.within(p)
-		if len(parts) == 0 {
+		hull, ok := set.hull(p)
+		if !ok {
 			continue
 		}
 		b, ok := k.blocks[p]
 		if !ok && !k.allBlocks {
-			return choice{}, &need{blocks: []netip.Prefix{p}, addrs: parts}, nil
+			return choice{}, &need{blocks: []netip.Prefix{p}, addrs: []netipx.IPRange{hull}}, nil
 		}
 		if b.node != q.node {
 			continue
 		}
-		if c, n := q.inBlock(set, p, parts, k); n != nil || c.ip.IsValid() {
+		c, n := q.inBlock(set, p, hull, k)
+		if c.ip.IsValid() {
 			c.own = b.mod
-			return c, n, nil
+			return c, nil, nil
 		}
+		if n != nil && len(unread.addrs) < maxReads {
+			unread.addrs = append(unread.addrs, n.addrs...)
+		}
+	}
+	if len(unread.addrs) > 0 {
+		return choice{}, &unread, nil
 	}
 	if !k.allBlocks {
 		return choice{}, &need{allBlocks: true}, nil
@@ -189,12 +204,13 @@ func (q *question) choose(set *RangeSet, k *known) (choice, *need, error) {
 		skips = []int{int(q.random % spread), 0}
 	}
 	for _, skip := range skips {
-		for p, parts := range set.unclaimed(k) {
+		for p := range set.unclaimed(k) {
 			if skip > 0 {
 				skip--
 				continue
 			}
-			if c, n := q.inBlock(set, p, parts, k); n != nil || c.ip.IsValid() {
+			hull, _ := set.hull(p)
+			if c, n := q.inBlock(set, p, hull, k); n != nil || c.ip.IsValid() {
 				c.claim = true
 				return c, n, nil
 			}
@@ -209,7 +225,7 @@ func (q *question) borrow(set *RangeSet, k *known) (choice, *need, error) {
 	if q.lost > 0 {
 		want = spread
 	}
-	scan := !q.pool.Strict || set.Size() <= 1<<16 // with strictAffinity only to count
+	scan := !q.pool.Strict || set.Size() <= maxRemembered // with strictAffinity only to count
 	var free []choice
 	for i := range set.segments {
 		g := &set.segments[i]
@@ -243,23 +259,18 @@ func (q *question) borrow(set *RangeSet, k *known) (choice, *need, error) {
 
 // free reports whether an address that was held before may be handed out.
 func (a *knownAddress) free(now time.Time) bool {
-	return !a.load().bad && a.value.State == keyspace.Free && !a.held(now)
+	return !a.load().bad && a.value.State == keyspace.Free && !a.value.Cooling(now)
 }
 
 // inBlock chooses in one block: the lowest that was never held, else the one
 // whose release is longest ago, so that allocation goes round.
-func (q *question) inBlock(set *RangeSet, p netip.Prefix, parts []netipx.IPRange, k *known) (choice, *need) {
-	var n need
-	for _, part := range parts {
-		if _, ok := k.uncovered(part); ok {
-			n.addrs = append(n.addrs, part)
-		}
-	}
-	if len(n.addrs) > 0 {
-		return choice{}, &n
+func (q *question) inBlock(set *RangeSet, p netip.Prefix, hull netipx.IPRange, k *known) (choice, *need) {
+	if _, ok := k.uncovered(hull); ok {
+		return choice{}, &need{addrs: []netipx.IPRange{hull}}
 	}
 	var best netip.Addr
 	var oldest *knownAddress
+	parts := set.within(p)
 	for _, part := range parts {
 		for ip := part.From(); ip.IsValid() && ip.Compare(part.To()) <= 0; ip = ip.Next() {
 			_, ok := k.addrs[ip]
@@ -282,7 +293,7 @@ func (q *question) inBlock(set *RangeSet, p netip.Prefix, parts []netipx.IPRange
 }
 
 func (q *question) exhausted(set *RangeSet, k *known, counted bool) error {
-	var leased, held, bad int
+	var leased, cooling, bad int
 	for ip, a := range k.addrs {
 		if set.segmentOf(ip) == nil {
 			continue
@@ -292,14 +303,14 @@ func (q *question) exhausted(set *RangeSet, k *known, counted bool) error {
 			bad++
 		case a.value.State == keyspace.Leased:
 			leased++
-		case a.held(q.now):
-			held++
+		case a.value.Cooling(q.now):
+			cooling++
 		}
 	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "pool %s (%s)", q.pool.Name, rangesString(set.all.Ranges()))
 	if counted {
-		fmt.Fprintf(&b, ": %d addresses, %d leased, %d held back, %d excluded", set.Size(), leased, held, set.excluded())
+		fmt.Fprintf(&b, ": %d addresses, %d leased, %d cooling, %d excluded", set.Size(), leased, cooling, set.excluded())
 	} else {
 		fmt.Fprintf(&b, ": %d addresses, %d excluded", set.Size(), set.excluded())
 	}
@@ -356,11 +367,10 @@ func comparePrefix(a, b netip.Prefix) int {
 	return a.Bits() - b.Bits()
 }
 
-// unclaimed yields the blocks that nobody has claimed, lowest first, with the
-// parts of each that may be handed out. It takes a step for each claimed block
-// and none for the size of the range.
-func (s *RangeSet) unclaimed(k *known) func(yield func(netip.Prefix, []netipx.IPRange) bool) {
-	return func(yield func(netip.Prefix, []netipx.IPRange) bool) {
+// unclaimed yields the blocks that nobody has claimed, lowest first. It takes a
+// step for each claimed block and none for the size of the range.
+func (s *RangeSet) unclaimed(k *known) iter.Seq[netip.Prefix] {
+	return func(yield func(netip.Prefix) bool) {
 		var last netip.Prefix
 		for i := range s.segments {
 			g := &s.segments[i]
@@ -372,7 +382,7 @@ func (s *RangeSet) unclaimed(k *known) func(yield func(netip.Prefix, []netipx.IP
 				}
 				last = p
 				if k.blocks[p].node == "" {
-					if !yield(p, s.within(p)) {
+					if !yield(p) {
 						return
 					}
 				}

@@ -105,11 +105,14 @@ func TestPlan(t *testing.T) {
 			case 0:
 				free[ip] = usable
 			case 1:
-				addrs[ip] = &knownAddress{value: keyspace.Address{State: keyspace.Free}, mod: int64(rapid.IntRange(1, 50).Draw(t, "mod"))}
+				// Long ago, or by a clock that was years off, in either direction.
+				since := now.Add(rapid.SampledFrom([]time.Duration{-time.Minute, time.Minute, -time.Hour, 1e4 * time.Hour, -1e6 * time.Hour}).Draw(t, "since"))
+				addrs[ip] = &knownAddress{value: keyspace.Address{State: keyspace.Free, Since: since, Cooldown: 60}, mod: int64(rapid.IntRange(1, 50).Draw(t, "mod"))}
 				free[ip] = usable
 			case 2:
-				until := now.Add(time.Minute)
-				addrs[ip] = &knownAddress{value: keyspace.Address{State: keyspace.Free, HeldUntil: &until}, mod: 3}
+				// Within the cooldown of its release, or of one by a clock that was ahead.
+				since := now.Add(time.Duration(rapid.IntRange(-59, 59).Draw(t, "since")) * time.Second)
+				addrs[ip] = &knownAddress{value: keyspace.Address{State: keyspace.Free, Since: since, Cooldown: 60}, mod: 3}
 			case 3:
 				addrs[ip] = &knownAddress{value: keyspace.Address{State: keyspace.Leased, Holder: &keyspace.AttachmentID{}}, mod: 3}
 			}
@@ -224,7 +227,7 @@ func TestExhaustedSaysWhy(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err = n.add(p, "c9")
-	if !errors.Is(err, ErrExhausted) || !strings.Contains(err.Error(), "pool net (10.22.0.1-10.22.0.6): 4 addresses, 3 leased, 1 held back, 2 excluded") {
+	if !errors.Is(err, ErrExhausted) || !strings.Contains(err.Error(), "pool net (10.22.0.1-10.22.0.6): 4 addresses, 3 leased, 1 cooling, 2 excluded") {
 		t.Fatalf("got %v", err)
 	}
 	w.clock = w.clock.Add(2 * time.Hour)

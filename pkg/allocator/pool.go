@@ -20,7 +20,7 @@ const DefaultBlockSize = 64
 type Pool struct {
 	Space, Name string
 	Strict      bool          // no borrowing
-	Hold        time.Duration // a released address is not handed out before this has passed
+	Cooldown    time.Duration // a released address is not handed out before this has passed
 	Sets        []RangeSet
 }
 
@@ -33,6 +33,7 @@ type RangeSet struct {
 // segment is a run of addresses that may be handed out, all of one range.
 type segment struct {
 	netipx.IPRange
+	span    netipx.IPRange // the range it is of
 	subnet  netip.Prefix
 	gateway netip.Addr
 	bits    int // length of a block's prefix
@@ -41,7 +42,7 @@ type segment struct {
 // NewPool prepares ranges, completed by host-local's rules, for planning.
 // blockSize 0 means the default; exclude may be nil. It fails where a range set
 // has no address left.
-func NewPool(space, name string, sets [][]keyspace.Range, exclude *netipx.IPSet, strict bool, blockSize int, hold time.Duration) (*Pool, error) {
+func NewPool(space, name string, sets [][]keyspace.Range, exclude *netipx.IPSet, strict bool, blockSize int, cooldown time.Duration) (*Pool, error) {
 	if err := entry.ValidateName("address space", space); err != nil {
 		return nil, err
 	}
@@ -54,10 +55,10 @@ func NewPool(space, name string, sets [][]keyspace.Range, exclude *netipx.IPSet,
 	if len(sets) == 0 || len(sets) > entry.MaxAddresses {
 		return nil, fmt.Errorf("pool %s has %d range sets: want 1 to %d", name, len(sets), entry.MaxAddresses)
 	}
-	if hold < 0 || hold > keyspace.MaxHold {
-		return nil, fmt.Errorf("pool %s: hold %v: want 0 to %v", name, hold, keyspace.MaxHold)
+	if cooldown < 0 || cooldown > keyspace.MaxCooldown {
+		return nil, fmt.Errorf("pool %s: cooldown %v: want 0 to %v", name, cooldown, keyspace.MaxCooldown)
 	}
-	p := &Pool{Space: space, Name: name, Strict: strict, Hold: hold}
+	p := &Pool{Space: space, Name: name, Strict: strict, Cooldown: cooldown}
 	for i, ranges := range sets {
 		set, err := newRangeSet(ranges, exclude, blockSize)
 		if err != nil {
@@ -120,7 +121,7 @@ func newRangeSet(ranges []keyspace.Range, exclude *netipx.IPSet, blockSize int) 
 			return nil, err
 		}
 		for _, s := range free.Ranges() {
-			set.segments = append(set.segments, segment{s, r.Subnet, r.Gateway, blockBits(r.Subnet, blockSize)})
+			set.segments = append(set.segments, segment{s, span, r.Subnet, r.Gateway, blockBits(r.Subnet, blockSize)})
 		}
 	}
 	if len(set.segments) == 0 {
@@ -162,7 +163,28 @@ func (g *segment) blockOf(ip netip.Addr) netip.Prefix {
 }
 
 func (g *segment) lease(ip netip.Addr) keyspace.Lease {
-	return keyspace.Lease{Address: netip.PrefixFrom(ip, g.subnet.Bits()), Gateway: g.gateway}
+	return keyspace.Lease{Address: netip.PrefixFrom(ip, g.subnet.Bits()), Gateway: g.gateway, Range: g.span}
+}
+
+// hull returns the range from the first to the last address that the set may hand
+// out of a prefix: one range to read, however many parts there are.
+func (s *RangeSet) hull(p netip.Prefix) (netipx.IPRange, bool) {
+	parts := s.within(p)
+	if len(parts) == 0 {
+		return netipx.IPRange{}, false
+	}
+	hull := parts[0]
+	for _, r := range parts[1:] {
+		from, to := hull.From(), hull.To()
+		if r.From().Less(from) {
+			from = r.From()
+		}
+		if to.Less(r.To()) {
+			to = r.To()
+		}
+		hull = netipx.IPRangeFrom(from, to)
+	}
+	return hull, true
 }
 
 // within returns the parts of a prefix that the set may hand out.
@@ -228,16 +250,19 @@ func (s *RangeSet) excluded() uint64 {
 	return n - min(n, s.Size())
 }
 
+// cooldown is the pool's in whole seconds, rounded up.
+func (p *Pool) cooldown() int64 { return int64((p.Cooldown + time.Second - 1) / time.Second) }
+
 // Spans is what the set's ranges cover.
 func (s *RangeSet) Spans() []netipx.IPRange { return s.all.Ranges() }
 
 // PoolFromSpec prepares a named pool.
 func PoolFromSpec(name string, spec *keyspace.Pool) (*Pool, error) {
-	var hold time.Duration
-	if spec.Hold != "" {
+	var cooldown time.Duration
+	if spec.Cooldown != "" {
 		var err error
-		if hold, err = time.ParseDuration(spec.Hold); err != nil {
-			return nil, fmt.Errorf("hold %q: %w", spec.Hold, err)
+		if cooldown, err = time.ParseDuration(spec.Cooldown); err != nil {
+			return nil, fmt.Errorf("cooldown %q: %w", spec.Cooldown, err)
 		}
 	}
 	exclude, err := ParseExclude(spec.Exclude)
@@ -248,7 +273,7 @@ func PoolFromSpec(name string, spec *keyspace.Pool) (*Pool, error) {
 	if space == "" {
 		space = DefaultSpace
 	}
-	return NewPool(space, name, spec.Ranges, exclude, spec.StrictAffinity, spec.BlockSize, hold)
+	return NewPool(space, name, spec.Ranges, exclude, spec.StrictAffinity, spec.BlockSize, cooldown)
 }
 
 // DefaultSpace is the address space of pools that name none.

@@ -12,52 +12,69 @@ import (
 	"github.com/ipam-ledger/ipam-ledger/pkg/statedir"
 )
 
-// The drill after a restore. Each step may be killed anywhere and run again.
+// The drill after a restore. Each step may be killed anywhere and run again, and
+// where there is nothing to do it does nothing.
 //
 //	RecoverStart   once: frozen, epoch + 1, etcd's new cluster ID
 //	Recover        on each node: a new chain; what it no longer holds is
 //	               released, what it holds is asserted; a recover entry ends it
 //	Thaw           once: checks that no node is missing, then runs again
 
-// RecoverStart freezes the ledger under a new epoch. The operator's own chain
-// may have lost entries too: it opens a new one in the same transaction.
+// RecoverStart freezes the ledger under a new epoch, and reports whether it did:
+// a recovery that is under way in this etcd is not begun anew, unless epoch is
+// beyond it. The operator's own chain may have lost entries too: it opens a new
+// one in the same transaction.
 //
 // The epoch is one more than any that the store or this operator has seen, and
 // at least epoch: where nodes have seen later ones that the restored store has
 // forgotten, they say which.
-func (w *Writer) RecoverStart(ctx context.Context, epoch uint64, reason string) (keyspace.Meta, error) {
-	var meta keyspace.Meta
-	err := w.withSession(ctx, &session{Writer: w, restored: true, drill: true}, func(s *session) error {
+func (w *Writer) RecoverStart(ctx context.Context, epoch uint64, reason string) (meta keyspace.Meta, began bool, err error) {
+	err = w.withSession(ctx, &session{Writer: w, restored: true, drill: true}, func(s *session) error {
 		return s.again(func() error {
 			v, err := s.look(false)
 			if err != nil {
 				return err
 			}
 			meta = v.meta
+			etcd := keyspace.EtcdClusterID(v.cluster)
+			if meta.Recovering && meta.EtcdCluster == etcd && epoch <= meta.Epoch && (s.mark == nil || s.mark.Proposed != 0 || s.mark.Epoch <= meta.Epoch) {
+				return nil
+			}
 			meta.Epoch = max(meta.Epoch+1, epoch)
 			meta.State, meta.Recovering = keyspace.Frozen, true
-			meta.EtcdCluster = keyspace.EtcdClusterID(v.cluster)
-			if s.mark != nil {
+			meta.EtcdCluster = etcd
+			if s.mark != nil && s.mark.Proposed == 0 {
 				meta.Epoch = max(meta.Epoch, s.mark.Epoch+1)
 			}
 			// The new chain is of the new epoch, and so is the mark.
 			next := *v
 			next.meta = meta
-			if err := s.renew(&next); err != nil {
+			if err := s.renew(&next, v.meta.Epoch); err != nil {
 				return err
+			}
+			began = true
+			if had := s.mark.Previous; v.writer != nil && had.Chain == v.writer.Chain && had.Seq > v.writer.Seq {
+				s.Log.Warn("the restore lost entries of this operator: what they ended is leased again, or put back by its node; an export from before shows them",
+					"chain", had.Chain.Short(), "from", v.writer.Seq+1, "to", had.Seq)
 			}
 			return s.putMeta(v, &meta, reason, nil)
 		})
 	})
-	return meta, err
+	return meta, began && err == nil, err
 }
 
 // renew puts aside the mark of before the restore and starts a chain that names it.
-func (s *session) renew(v *view) error {
-	var previous entry.Ref
+// proposed is the epoch that is in etcd, where v's is one that is not there yet.
+func (s *session) renew(v *view, proposed uint64) error {
+	m := statedir.Mark{Recovering: s.Config.Writer.Kind == entry.KindNode, Proposed: proposed}
 	if s.mark != nil {
-		if previous = s.mark.Ref(); s.mark.Seq == 0 {
-			previous = s.mark.Previous // a drill that was killed here before
+		if proposed > 0 {
+			if m.Proposed = s.mark.Proposed; m.Proposed == 0 {
+				m.Proposed = s.mark.Epoch
+			}
+		}
+		if m.Previous = s.mark.Ref(); s.mark.Seq == 0 {
+			m.Previous = s.mark.Previous // a drill that was killed here before
 		}
 	}
 	skey, err := s.ownKey()
@@ -65,7 +82,7 @@ func (s *session) renew(v *view) error {
 		return err
 	}
 	s.mark = nil // saveMark only raises the revision, and it went back
-	return s.newMark(v, skey, previous, s.Config.Writer.Kind == entry.KindNode)
+	return s.newMark(v, m, skey)
 }
 
 // Conflict is an address that this node holds and etcd says is another's.
@@ -77,117 +94,95 @@ type Conflict struct {
 // Recovery is what Recover did.
 type Recovery struct {
 	Epoch     uint64
+	Before    bool // there was nothing to do: it was recovered before, or never had to be
 	Released  []keyspace.AttachmentID
 	Asserted  []keyspace.AttachmentID
+	Ended     []statedir.Holding // held here, and ended on the record: let go
 	Kept      int
 	Conflicts []Conflict
 	Done      bool // the recover entry is written
 }
 
-// Recover brings this writer into the epoch of meta. For a node it releases
-// what etcd says it holds and it does not, and asserts what it holds and etcd
-// does not say. A conflict (another node, not recovered yet, has the address in
-// the restored state) is listed, and the writer is not recovered until it is
-// gone: run it again then. An operator has no holdings.
+// Runtime is what the container runtime knows, taken from its list after this
+// node entered the epoch.
+type Runtime interface {
+	// Knows reports whether the runtime lists the attachment's sandbox.
+	Knows(id keyspace.AttachmentID) bool
+	// Leaked reports whether a lease is proven to be nobody's any more, as package
+	// leak proves it: one look at a list is no proof.
+	Leaked(id keyspace.AttachmentID, acquire entry.Ref) bool
+}
+
+// Enter brings this node into the epoch of meta and reports whether it has yet to
+// recover in it. It fails with ErrNotFound where this machine has never written:
+// then it has nothing to recover, and must not become a node by it.
+func (w *Writer) Enter(ctx context.Context) (meta keyspace.Meta, due bool, err error) {
+	err = w.withSession(ctx, &session{Writer: w, restored: true, drill: true}, func(s *session) error {
+		return s.again(func() error {
+			meta, due, err = s.enterEpoch()
+			return err
+		})
+	})
+	return meta, due, err
+}
+
+// Recover brings this node into the epoch of meta: it releases what etcd says it
+// holds and it does not, and asserts what it holds and etcd does not say. A
+// conflict (another node, not recovered yet, has the address in the restored
+// state) is listed, and the node is not recovered until it is gone: run it again
+// then. A node that has recovered already, or never had to, is left as it is: its
+// pods come and go, and nothing here could tell which lease is old.
 //
-// What a node holds is in its state directory. With runs, which says whether the
-// runtime knows an attachment, that is put right first: what is held and does not
-// run is forgotten, and what runs and etcd leases to it is held, though the
-// state directory was lost.
-func (w *Writer) Recover(ctx context.Context, runs func(keyspace.AttachmentID) bool, reason string) (*Recovery, error) {
+// What a node holds is in its state directory. What was ended on the record since
+// (by an operator, or by a process that died before it could forget) is not
+// asserted again. With a runtime, what is proven to be leaked is let go, and what
+// the runtime knows and etcd leases to it is held, though the state directory was
+// lost.
+func (w *Writer) Recover(ctx context.Context, runtime Runtime, reason string) (*Recovery, error) {
 	out := new(Recovery)
-	if err := w.enterEpoch(ctx, out); err != nil {
+	meta, due, err := w.Enter(ctx)
+	if err != nil {
 		return nil, err
 	}
-	if w.Config.Writer.Kind != entry.KindNode {
-		out.Done = true
-		return out, nil
+	out.Epoch = meta.Epoch
+	if !due {
+		out.Before, out.Done = true, true
+		if meta.Recovering {
+			// What a DEL has queued may be what another node waits for, and thaw for that.
+			out.Released, err = w.drainAll(ctx, &session{Writer: w, drill: true})
+		}
+		return out, err
 	}
-	var held map[keyspace.AttachmentID]keyspace.Attachment
-	var live map[keyspace.AttachmentID]keyspace.Attachment
-	// Each step takes the lock and its deadline anew. That pods come and go in
-	// between is impossible: the ledger is frozen; where it has been thawed
-	// without us, they are found by their holdings.
+	// Each step takes the lock and its deadline anew, and looks again at what it
+	// acts on: in between a DEL may end what was listed, or an operator. An ADD
+	// cannot: until the recover entry this node is refused.
 	drill := func(f func(s *session) error) error {
 		return w.withSession(ctx, &session{Writer: w, drill: true}, f)
 	}
-	err := drill(func(s *session) error {
-		hh, err := s.Dir.Holdings()
-		if err != nil {
-			return fmt.Errorf("%w: %w; move the named files away once you know what those pods hold ('ledger import' can assert it)", ErrState, err)
-		}
-		held = map[keyspace.AttachmentID]keyspace.Attachment{}
-		for _, h := range hh {
-			held[h.ID] = h.Value
-		}
+	var ids []keyspace.AttachmentID
+	err = drill(func(s *session) error {
 		if _, err := s.look(false); err != nil {
 			return err
 		}
-		var unread []error
-		if live, unread, err = s.nodeAttachments(); err != nil || len(unread) > 0 {
-			return errors.Join(append(unread, err)...)
-		}
-		if runs == nil {
-			return nil
-		}
-		for id := range held {
-			if runs(id) {
-				continue
-			}
-			// The holding goes first, as in letGo: dying here leaves a lease that
-			// the next run releases.
-			if err := s.Dir.Unhold(id); err != nil {
-				return fmt.Errorf("%w: %w", ErrState, err)
-			}
-			delete(held, id)
-		}
-		for id, value := range live {
-			if _, ok := held[id]; ok || !runs(id) {
-				continue
-			}
-			if err := s.hold(id, value); err != nil {
-				return err
-			}
-			held[id] = value
-		}
-		return nil
+		ids, err = s.bothSides(out)
+		return err
 	})
 	if err != nil {
 		return nil, err
 	}
-	for _, id := range sortedIDs(live) {
-		if h, ok := held[id]; ok && h.Space == live[id].Space && slices.Equal(addrsOf(h.Leases), addrsOf(live[id].Leases)) {
-			continue
-		}
-		err := drill(func(s *session) error {
-			// What it holds instead, if anything, is asserted next: the holding stays.
-			if err := s.release(id, entry.Ref{}, nil, "recover: not held any more"); err != nil {
-				return err
-			}
-			if err := s.Dir.Dequeue(id); err != nil {
-				return fmt.Errorf("%w: %w", ErrState, err)
-			}
-			return nil
-		})
-		if err != nil {
-			return out, fmt.Errorf("releasing %v: %w", id, err)
-		}
-		out.Released = append(out.Released, id)
-	}
-	for _, id := range sortedIDs(held) {
-		err := drill(func(s *session) error {
-			return s.again(func() error { return s.assert(id, held[id], "recover: held since "+held[id].Acquire.String()) })
-		})
-		switch {
-		case errors.Is(err, ErrConflict):
-			out.Conflicts = append(out.Conflicts, Conflict{statedir.Holding{ID: id, Value: held[id]}, err.Error()})
-		case err != nil:
-			return out, fmt.Errorf("asserting %v: %w", id, err)
-		default:
-			if l, ok := live[id]; ok && slices.Equal(addrsOf(l.Leases), addrsOf(held[id].Leases)) {
-				out.Kept++
-			} else {
-				out.Asserted = append(out.Asserted, id)
+	// First all releases: what one pod gave back, another may have been given.
+	for _, assert := range []bool{false, true} {
+		for _, id := range ids {
+			err := drill(func(s *session) error {
+				return s.again(func() error { return s.recoverOne(id, assert, runtime, out) })
+			})
+			switch {
+			case errors.Is(err, ErrConflict):
+				if h := w.Dir.Holding(id); h != nil {
+					out.Conflicts = append(out.Conflicts, Conflict{*h, err.Error()})
+				}
+			case err != nil:
+				return out, fmt.Errorf("recovering %v: %w", id, err)
 			}
 		}
 	}
@@ -200,7 +195,7 @@ func (w *Writer) Recover(ctx context.Context, runs func(keyspace.AttachmentID) b
 			if err != nil {
 				return err
 			}
-			if v.writer != nil && !v.writer.Recover.IsZero() {
+			if s.recovered(v) {
 				out.Done = true
 				return nil
 			}
@@ -214,49 +209,185 @@ func (w *Writer) Recover(ctx context.Context, runs func(keyspace.AttachmentID) b
 	})
 }
 
-// enterEpoch gives the writer a chain of meta's epoch.
-func (w *Writer) enterEpoch(ctx context.Context, out *Recovery) error {
-	return w.withSession(ctx, &session{Writer: w, restored: true, drill: true}, func(s *session) error {
-		return s.again(func() error {
-			v, err := s.look(false)
-			if err != nil {
-				return err
+// bothSides lists what etcd says this node holds, and what it holds.
+//
+// Of two that hold one address the earlier was ended before the later could have
+// it, though a restore may have lost the entry that says so.
+func (s *session) bothSides(out *Recovery) ([]keyspace.AttachmentID, error) {
+	held, err := s.Dir.Holdings()
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w; move the named files away once you know what those pods hold ('ledger import' can assert it)", ErrState, err)
+	}
+	all, unread, err := s.nodeAttachments()
+	if err != nil || len(unread) > 0 {
+		return nil, errors.Join(append(unread, err)...)
+	}
+	latest := map[inSpace]entry.Ref{}
+	for _, h := range held {
+		for _, at := range places(&h.Value) {
+			if a := h.Value.Acquire; latest[at].Chain != a.Chain || latest[at].Seq < a.Seq {
+				latest[at] = a
 			}
-			out.Epoch = v.meta.Epoch
-			if id := keyspace.EtcdClusterID(v.cluster); id != v.meta.EtcdCluster {
-				return fmt.Errorf("%w: etcd's cluster ID is %s and meta's %s: 'ledger recover start' comes first", ErrIntegrity, id, v.meta.EtcdCluster)
+		}
+	}
+	for _, h := range held {
+		a := h.Value.Acquire
+		if slices.ContainsFunc(places(&h.Value), func(at inSpace) bool { return latest[at].Chain == a.Chain && latest[at].Seq > a.Seq }) {
+			if err := s.Dir.Unhold(h.ID); err != nil {
+				return nil, fmt.Errorf("%w: %w", ErrState, err)
 			}
-			if s.mark == nil {
-				if v.writer != nil {
-					return fmt.Errorf("%w: %s exists, and this machine has no key for it; its way out: %s", ErrIntegrity, s.Keys.Writer(s.Config.Writer), s.wayOut())
-				}
-				return nil // a writer that never wrote has nothing to recover from
-			}
-			if s.mark.Epoch > v.meta.Epoch {
-				return fmt.Errorf("%w: the ledger's epoch is %d, and %s has seen %d: 'ledger recover start --epoch %d' comes first", ErrIntegrity, v.meta.Epoch, s.Config.Writer, s.mark.Epoch, s.mark.Epoch+1)
-			}
-			if s.mark.Epoch == v.meta.Epoch && s.mark.EtcdCluster != v.meta.EtcdCluster {
-				return fmt.Errorf("%w: %s has seen epoch %d in another etcd (%s): 'ledger recover start --epoch %d' comes first", ErrIntegrity, s.Config.Writer, s.mark.Epoch, s.mark.EtcdCluster, s.mark.Epoch+1)
-			}
-			if s.mark.Epoch < v.meta.Epoch {
-				if err := s.renew(v); err != nil {
-					return err
-				}
-			}
-			// From here the new mark holds, and the usual checks apply.
-			s.restored = false
-			if v, err = s.look(false); errors.Is(err, errRollback) {
-				return fmt.Errorf("%w; this restore came after the recovery to epoch %d: 'ledger recover start' comes first, once more", err, s.mark.Epoch)
-			} else if err != nil {
-				return err
-			}
-			if s.mark.Seq > 0 {
-				return nil
-			}
-			_, err = s.commit(v, change{})
+			out.Ended = append(out.Ended, h)
+			continue
+		}
+		all[h.ID] = h.Value
+	}
+	return sortedIDs(all), nil
+}
+
+// recoverOne settles one attachment: in the first round what is to be released, in
+// the second what is to be asserted. Both sides are read anew.
+func (s *session) recoverOne(id keyspace.AttachmentID, assert bool, runtime Runtime, out *Recovery) error {
+	held, prepared := s.Dir.Holding(id), s.Dir.Prepared(id)
+	gets := []Get{{Key: s.Keys.Attachment(id)}}
+	for _, h := range []*statedir.Holding{held, prepared} {
+		g := Get{Key: s.Keys.Attachment(id)} // of no matter
+		if h != nil {
+			g.Key = s.Keys.Entry(s.Config.Writer, h.Value.Acquire.Chain, h.Value.Acquire.Seq)
+		}
+		gets = append(gets, g)
+	}
+	v, err := s.look(false, gets...)
+	if err != nil {
+		return err
+	}
+	if s.recovered(v) {
+		return nil // by another process; from here on pods come and go
+	}
+	if held != nil && prepared != nil && s.there(v.extra[2], prepared.Value.Acquire) {
+		// A run of this drill asserted it, and did not live to note that.
+		if err := s.hold(id); err != nil {
 			return err
-		})
-	})
+		}
+		held, v.extra[1] = prepared, v.extra[2]
+	}
+	var live *keyspace.Attachment
+	if kvs := v.extra[0].KVs; len(kvs) == 1 {
+		live = new(keyspace.Attachment)
+		if err := decodeAttachment(kvs[0].Value, live); err != nil {
+			return spoilt(id, kvs[0].Key, err)
+		}
+	}
+	forget := func() error {
+		held = nil
+		if err := s.Dir.Unhold(id); err != nil {
+			return fmt.Errorf("%w: %w", ErrState, err)
+		}
+		return nil
+	}
+	if runtime != nil {
+		switch {
+		case held != nil && runtime.Leaked(id, held.Value.Acquire), held == nil && live != nil && runtime.Leaked(id, live.Acquire):
+			if err := forget(); err != nil {
+				return err
+			}
+		case held == nil && live != nil && runtime.Knows(id) && !s.Dir.IsQueued(id):
+			held = &statedir.Holding{ID: id, Value: *live}
+		}
+	}
+	same := live != nil && held != nil && live.Space == held.Value.Space && slices.Equal(addrsOf(live.Leases), addrsOf(held.Value.Leases))
+	// Its acquire is there: a restore has not taken it back, nor anything before it.
+	// So where etcd does not lease to it by that acquire any more, an entry says so.
+	if held != nil && !same && s.there(v.extra[1], held.Value.Acquire) {
+		out.Ended = append(out.Ended, *held)
+		if err := forget(); err != nil {
+			return err
+		}
+	}
+	switch {
+	case !assert && live != nil && !same:
+		// What it holds instead, if anything, is asserted next: the holding stays.
+		if err := s.release(id, live.Acquire, live, "recover: not held any more"); errors.Is(err, ErrNotFound) {
+			return nil // ended in between, by another
+		} else if err != nil {
+			return err
+		}
+		if err := s.Dir.Dequeue(id); err != nil {
+			return fmt.Errorf("%w: %w", ErrState, err)
+		}
+		out.Released = append(out.Released, id)
+	case assert && held != nil && same:
+		out.Kept++
+		return s.remember(id, *live)
+	case assert && held != nil:
+		if err := s.assert(id, held.Value, entry.AssertRecover, "recover: held since "+held.Value.Acquire.String()); err != nil {
+			return err
+		}
+		out.Asserted = append(out.Asserted, id)
+	}
+	return nil
+}
+
+// there reports whether the answer to a read of an entry's key is that very entry.
+func (s *session) there(r Range, e entry.Ref) bool {
+	return len(r.KVs) == 1 && entry.HashOf(r.KVs[0].Value) == e.Hash
+}
+
+// recovered reports whether this writer's chain has its recover entry.
+func (s *session) recovered(v *view) bool {
+	return s.mark != nil && v.writer != nil && v.writer.Chain == s.mark.Chain && !v.writer.Recover.IsZero()
+}
+
+// enterEpoch gives the node a chain of meta's epoch, and reports whether it has yet
+// to recover in it.
+func (s *session) enterEpoch() (meta keyspace.Meta, due bool, err error) {
+	v, err := s.look(false)
+	if err != nil {
+		return meta, false, err
+	}
+	meta = v.meta
+	epoch := meta.Epoch
+	if id := keyspace.EtcdClusterID(v.cluster); id != v.meta.EtcdCluster {
+		return meta, false, fmt.Errorf("%w: etcd's cluster ID is %s and meta's %s: 'ledger recover start' comes first", ErrIntegrity, id, v.meta.EtcdCluster)
+	}
+	if s.mark == nil {
+		if v.writer != nil {
+			return meta, false, fmt.Errorf("%w: %s exists, and this machine has no key for it; its way out: %s", ErrIntegrity, s.Keys.Writer(s.Config.Writer), s.wayOut())
+		}
+		return meta, false, fmt.Errorf("%s has never written from state directory %s, so it has nothing to recover: %w", s.Config.Writer, s.Dir.Path(), ErrNotFound)
+	}
+	if s.mark.Epoch > epoch {
+		return meta, false, fmt.Errorf("%w: the ledger's epoch is %d, and %s has seen %d: 'ledger recover start --epoch %d' comes first", ErrIntegrity, epoch, s.Config.Writer, s.mark.Epoch, s.mark.Epoch+1)
+	}
+	if s.mark.Epoch == epoch && s.mark.EtcdCluster != v.meta.EtcdCluster {
+		return meta, false, fmt.Errorf("%w: %s has seen epoch %d in another etcd (%s): 'ledger recover start --epoch %d' comes first", ErrIntegrity, s.Config.Writer, s.mark.Epoch, s.mark.EtcdCluster, s.mark.Epoch+1)
+	}
+	if s.mark.Epoch < epoch {
+		if err := s.mayComeBack(v); err != nil {
+			return meta, false, err
+		}
+		if v.writer != nil && !v.writer.Closed.IsZero() { // it may have been closed for its key
+			if _, err := s.newKey(); err != nil {
+				return meta, false, err
+			}
+		}
+		if err := s.renew(v, 0); err != nil {
+			return meta, false, err
+		}
+	}
+	// From here the new mark holds, and the usual checks apply.
+	s.restored = false
+	if v, err = s.look(false); errors.Is(err, errRollback) {
+		return meta, false, fmt.Errorf("%w; this restore came after the recovery to epoch %d: 'ledger recover start --epoch %d' comes first", err, s.mark.Epoch, s.mark.Epoch+1)
+	} else if err != nil {
+		return meta, false, err
+	}
+	if !s.mark.Recovering || s.recovered(v) {
+		return meta, false, nil
+	}
+	if s.mark.Seq == 0 {
+		_, err = s.commit(v, change{})
+	}
+	return meta, true, err
 }
 
 func sortedIDs(m map[keyspace.AttachmentID]keyspace.Attachment) []keyspace.AttachmentID {
@@ -297,11 +428,8 @@ func (w *Writer) Thaw(ctx context.Context, nodes, without []string, reason strin
 			meta := v.meta
 			meta.State, meta.Recovering = keyspace.Running, false
 			changed = true
-			e := &entry.Entry{
-				Op: entry.Meta, Cluster: meta.Cluster, EtcdCluster: meta.EtcdCluster, Epoch: meta.Epoch, State: string(meta.State), Reason: reason,
-			}
 			_, err = s.commit(v, change{
-				entries: []*entry.Entry{e},
+				entries: []*entry.Entry{metaEntry(&meta, reason)},
 				// A stop that came after the view is news: look again.
 				compare: []Compare{{Key: stops.Key, End: stops.End, Mod: v.revision}, {Key: writers, End: keyspace.After(writers), Mod: v.revision}},
 				writes: func(refs []entry.Ref) []Write {
@@ -328,7 +456,7 @@ func (s *session) mayThaw(v *view, writers []KV, nodes, without []string) error 
 		}
 		var w keyspace.Writer
 		if err := keyspace.Decode(kv.Value, &w); err != nil {
-			return fmt.Errorf("%w: %s: %w", ErrIntegrity, kv.Key, err)
+			return fmt.Errorf("%w: %s: %w; its way out: 'ledger node replace %s'", ErrIntegrity, kv.Key, err, key.Writer.Name)
 		}
 		seen[key.Writer.Name] = w
 	}

@@ -16,6 +16,9 @@ type KV struct {
 type Get struct {
 	Key, End string
 	Limit    int64 // 0: all
+	// Since leaves out keys that were not written at this revision or later. What
+	// was deleted since is not told: only Count shows it.
+	Since int64
 }
 
 // Compare is one condition of a transaction. With End set, it must hold for
@@ -53,8 +56,9 @@ type Reply struct {
 // Range is the answer to a Get: its keys in ascending order, and whether the
 // limit cut it short.
 type Range struct {
-	KVs  []KV
-	More bool
+	KVs   []KV
+	More  bool
+	Count int64 // of the keys in the range, whatever Limit and Since leave out
 }
 
 // Store is what the allocator needs of etcd. Implementations need not be safe
@@ -104,4 +108,6 @@ var (
 	ErrState          = errors.New("local state cannot be used")
 	ErrConflict       = errors.New("conflict") // operators: something changed in between
 	ErrNotFound       = errors.New("not found")
+	ErrBefore         = errors.New("recorded already")                 // imports
+	ErrEnded          = errors.New("recorded before, and ended since") // imports
 )

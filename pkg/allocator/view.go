@@ -1,9 +1,11 @@
 package allocator
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"go4.org/netipx"
 
@@ -36,8 +38,16 @@ var errDrill = fmt.Errorf("%w while a recovery is under way", ErrIntegrity)
 // acquire left there: others can be released all the same.
 var errSpoilt = fmt.Errorf("%w", ErrIntegrity)
 
-// tailPage is how many entries beyond the mark are read at a time.
+// spoilt is an errSpoilt with its way out.
+func spoilt(id keyspace.AttachmentID, key string, err error) error {
+	return fmt.Errorf("%w: %s: %w; 'ledger verify' says more, and 'ledger release --attachment %v' ends the lease", errSpoilt, key, err, id)
+}
+
+// tailPage is how many entries beyond the mark are read with a view, and
+// followPage how many at a time where there are more (fewer in tests).
 const tailPage = 64
+
+var followPage int64 = 1024
 
 // look takes a view. A serializable one that fails its checks may only lag, so
 // it is taken again.
@@ -45,11 +55,16 @@ func (s *session) look(serializable bool, gets ...Get) (*view, error) {
 	// Who opens a chain takes cluster and epoch from the view, for good.
 	serializable = serializable && s.mark != nil && s.mark.Seq > 0
 	v, err := s.lookOnce(serializable, gets)
-	if err != nil && serializable {
+	if err != nil && serializable && !errors.Is(err, ErrUnavailable) {
 		v, err = s.lookOnce(false, gets)
 	}
-	if errors.Is(err, errRollback) {
-		err = s.stop(err)
+	for tries := 0; errors.Is(err, errRollback); tries++ {
+		stopped, serr := s.stop(err, v.metaMod)
+		if stopped || tries == 3 || s.ctx.Err() != nil {
+			return v, serr
+		}
+		// Meta has changed since: a recovery may have begun, or ended.
+		v, err = s.lookOnce(false, gets)
 	}
 	return v, err
 }
@@ -61,7 +76,7 @@ func (s *session) lookOnce(serializable bool, gets []Get) (*view, error) {
 		{Key: s.Keys.Writer(s.Config.Writer)},
 	}
 	if s.mark != nil {
-		base = append(base, s.tail(max(s.mark.Seq, 1)))
+		base = append(base, s.tail(max(s.mark.Seq, 1), tailPage))
 	}
 	r, err := s.Store.Read(s.ctx, serializable, append(base, gets...))
 	if err != nil {
@@ -74,33 +89,49 @@ func (s *session) lookOnce(serializable bool, gets []Get) (*view, error) {
 	if kvs := r.Ranges[0].KVs; len(kvs) == 1 {
 		v.metaMod = kvs[0].Mod
 		if err := decodeMeta(kvs[0].Value, &v.meta); err != nil {
-			return nil, fmt.Errorf("%w: %s cannot be read (a newer version's?): %w", ErrIntegrity, s.Keys.Meta(), err)
+			return v, fmt.Errorf("%w: %s: %w", ErrIntegrity, s.Keys.Meta(), err)
 		}
 	}
 	if kvs := r.Ranges[2].KVs; len(kvs) == 1 {
 		v.writer, v.writerMod = new(keyspace.Writer), kvs[0].Mod
 		if err := keyspace.Decode(kvs[0].Value, v.writer); err != nil {
-			return nil, fmt.Errorf("%w: %s cannot be read: %w; its way out: %s", ErrIntegrity, kvs[0].Key, err, s.wayOut())
+			return v, fmt.Errorf("%w: %s cannot be read: %w; its way out: %s", ErrIntegrity, kvs[0].Key, err, s.wayOut())
 		}
 	}
 	var tail Range
 	if s.mark != nil {
 		tail = r.Ranges[3]
 	}
+	if s.mark != nil && s.mark.Proposed != 0 && s.mark.Seq == 0 && !s.restored && !v.serializable && s.broken == nil && (v.writer == nil || v.writer.Chain != s.mark.Chain) {
+		// A 'recover start' that never came to etcd: nobody has seen that epoch, and
+		// the chain of before goes on.
+		if err := s.saveMark(s.mark.Before(), v.revision, true); err != nil {
+			return v, err
+		}
+		return s.lookOnce(false, gets)
+	}
+	if s.mark != nil && s.mark.Seq == 0 && v.writer != nil && v.writer.Chain == s.mark.Chain && s.mark.Epoch < v.writer.Epoch && !v.serializable {
+		// One that did come, after it was given up.
+		m := *s.mark
+		m.Epoch, m.EtcdCluster = v.writer.Epoch, v.meta.EtcdCluster
+		if err := s.saveMark(m, v.revision, true); err != nil {
+			return v, err
+		}
+	}
 	if s.lateOperator(v) {
-		if err := s.renew(v); err != nil {
-			return nil, err
+		if err := s.renew(v, 0); err != nil {
+			return v, err
 		}
 		tail = Range{}
 	}
 	if err := s.checkCluster(v); err != nil {
-		return nil, err
+		return v, err
 	}
 	if err := s.checkChain(v, tail); err != nil {
-		return nil, err
+		return v, err
 	}
 	if err := s.checkRecovered(v); err != nil {
-		return nil, err
+		return v, err
 	}
 	if !serializable && !s.unsettled {
 		// Whatever was sent has been fenced, and what landed has been seen.
@@ -110,10 +141,10 @@ func (s *session) lookOnce(serializable bool, gets []Get) (*view, error) {
 }
 
 // tail is the read of our chain from seq on.
-func (s *session) tail(seq uint64) Get {
+func (s *session) tail(seq uint64, limit int64) Get {
 	return Get{
 		Key: s.Keys.Entry(s.Config.Writer, s.mark.Chain, seq), End: keyspace.After(s.Keys.Chain(s.Config.Writer, s.mark.Chain)),
-		Limit: tailPage,
+		Limit: limit,
 	}
 }
 
@@ -125,9 +156,6 @@ func (s *session) checkCluster(v *view) error {
 				ErrNotInitialised, s.Keys.Meta(), s.Config.Writer, s.mark.Seq)
 		}
 		return fmt.Errorf("%w: %s is absent: run 'ledger init' once", ErrNotInitialised, s.Keys.Meta())
-	}
-	if v.meta.Version > keyspace.FormatVersion {
-		return fmt.Errorf("%w: the ledger has format version %d, and this program writes %d: upgrade it", ErrIntegrity, v.meta.Version, keyspace.FormatVersion)
 	}
 	if s.Cluster != "" && s.Cluster != v.meta.Cluster {
 		return fmt.Errorf("%w: this etcd holds cluster %s, and clusterID says %s", ErrIntegrity, v.meta.Cluster, s.Cluster)
@@ -172,7 +200,7 @@ func (s *session) checkRecovered(v *view) error {
 	if v.meta.State == keyspace.Frozen {
 		kind = errDrill
 	}
-	return fmt.Errorf("%w: the recovery of %s has not ended (a conflict?): run 'ledger recover node' on it again", kind, s.Config.Writer)
+	return fmt.Errorf("%w: %s has to recover first, or to settle a conflict: run 'ledger recover node' on it", kind, s.Config.Writer)
 }
 
 // lateOperator reports whether this is an operator's first command after a
@@ -186,7 +214,10 @@ func (s *session) lateOperator(v *view) bool {
 // checkChain is whether our chain is where we left it, or further by our own
 // commits. It moves the mark to the head.
 func (s *session) checkChain(v *view, tail Range) error {
-	anew := v.writer != nil && !v.writer.Closed.IsZero() && (s.mark == nil || s.broken != nil || s.mark.Chain == v.writer.Chain)
+	// Our chain is yet to be opened, after the writer's.
+	opening := v.writer != nil && s.mark != nil && s.broken == nil && s.mark.Seq == 0 && len(tail.KVs) == 0 && s.mark.Chain != v.writer.Chain &&
+		(!v.writer.Closed.IsZero() || v.writer.Epoch < s.mark.Epoch)
+	anew := v.writer != nil && !v.writer.Closed.IsZero() && !opening
 	if s.restored {
 		if anew && (s.mark == nil || s.broken != nil) {
 			return s.startAnew(v)
@@ -223,13 +254,37 @@ func (s *session) checkChain(v *view, tail Range) error {
 			ErrIntegrity, s.Keys.Writer(s.Config.Writer), s.Dir.Path(), s.wayOut())
 	}
 	if v.writer.Chain != s.mark.Chain {
-		// Our chain is yet to be opened after the writer's.
-		if s.mark.Seq == 0 && (!v.writer.Closed.IsZero() || v.writer.Epoch < s.mark.Epoch) {
+		if opening {
 			return nil
 		}
 		return s.unfit(v, "its chain is %s, and this machine's %s: another machine has taken its place", v.writer.Chain, s.mark.Chain)
 	}
+	if err := s.checkMachine(v); err != nil {
+		return err
+	}
 	return s.follow(v, tail)
+}
+
+// checkMachine is whether the head was written from this state directory, and not
+// from a copy of it: its boot is one that the directory has noted. Who finds
+// another notes that in the head, so that both machines are refused.
+func (s *session) checkMachine(v *view) error {
+	w := v.writer
+	if w.Disputed == "" {
+		if slices.Contains(s.mark.Boots, w.Boot) {
+			return nil
+		}
+		if v.serializable {
+			return errors.New("must be read again, linearizable")
+		}
+		value := *w
+		value.Disputed = s.Boot
+		key := s.Keys.Writer(s.Config.Writer)
+		if _, err := s.Store.Commit(s.ctx, Txn{If: []Compare{{Key: key, Mod: v.writerMod}}, Then: []Write{{Key: key, Value: keyspace.Encode(value)}}}); err != nil {
+			s.Log.Warn("telling the other machine failed", "err", err)
+		}
+	}
+	return s.unfit(v, "another machine, or a copy of this directory, has written as %s since (at boot %.80s, and this one has not had that): leave one of them running", s.Config.Writer, w.Boot)
 }
 
 func (s *session) unfit(v *view, format string, args ...any) error {
@@ -245,7 +300,6 @@ func (s *session) follow(v *view, tail Range) error {
 		return s.unfit(v, "its head is entry %d, and entry %d was committed", w.Seq, seq)
 	}
 	kvs := tail.KVs
-	var head *entry.Entry
 	var stored []byte
 	if seq > 0 {
 		stored = kvs[0].Value
@@ -256,9 +310,14 @@ func (s *session) follow(v *view, tail Range) error {
 			if !tail.More {
 				return s.unfit(v, "its head is entry %d, and the chain ends at %d", w.Seq, seq)
 			}
-			r, err := s.Store.Read(s.ctx, false, []Get{s.tail(seq + 1)})
-			if err != nil {
+			// A long way is gone in steps, so that a call that runs out of time
+			// leaves the next one less of it.
+			if err := s.moveMark(v, stored, seq, hash); err != nil {
 				return err
+			}
+			r, err := s.Store.Read(s.ctx, false, []Get{s.tail(seq+1, followPage)})
+			if err != nil {
+				return fmt.Errorf("reading what %s has written since its mark: entry %d of %d; the next call goes on from there: %w", s.Config.Writer, seq, w.Seq, err)
 			}
 			tail = r.Ranges[0]
 			kvs = tail.KVs
@@ -286,30 +345,27 @@ func (s *session) follow(v *view, tail Range) error {
 	if len(kvs) > 0 && kvs[0].Key == s.Keys.Entry(s.Config.Writer, s.mark.Chain, seq+1) {
 		return s.unfit(v, "its head is entry %d, and entry %d is there, which no commit of this writer made", seq, seq+1)
 	}
+	return s.moveMark(v, stored, seq, hash)
+}
+
+// moveMark moves the mark to an entry that descends from it by hash. The entry's
+// signature covers, by the hashes, all that leads to it.
+func (s *session) moveMark(v *view, stored []byte, seq uint64, hash entry.Hash) error {
 	if seq == s.mark.Seq {
 		return nil // these are the very bytes that we committed
 	}
-	// The head's signature covers, by the hashes, all that leads to it.
 	if err := entry.Verify(stored, s.verify); err != nil {
-		return s.unfit(v, "head, entry %d: %v", seq, err)
+		return s.unfit(v, "entry %d: %v", seq, err)
 	}
-	var err error
-	if head, err = entry.Parse(stored); err != nil {
-		return s.unfit(v, "head, entry %d: %v", seq, err)
-	}
-	s.Log.Warn("a commit happened whose process did not live to note it", "chain", s.mark.Chain, "seq", seq, "op", head.Op)
-	m := *s.mark
-	first := m.Seq == 0
-	m.Seq, m.Hash, m.Previous = seq, hash, entry.Ref{}
-	return s.saveMark(m, v.revision, first)
+	s.Log.Warn("commits happened whose process did not live to note them", "chain", s.mark.Chain, "from", s.mark.Seq+1, "to", seq)
+	return s.saveMark(s.mark.At(seq, hash), v.revision, s.mark.Seq == 0)
 }
 
-// saveMark replaces the mark; revision is raised, never lowered.
+// saveMark replaces the mark; revision is raised, never lowered. While the boot is
+// not noted it is durable.
 func (s *session) saveMark(m statedir.Mark, revision int64, durable bool) error {
 	m.Revision = max(m.Revision, revision)
-	durable = durable || m.Boot != s.Boot
-	m.Boot = s.Boot
-	if err := s.Dir.SaveMark(&m, durable); err != nil {
+	if err := s.Dir.SaveMark(&m, durable || m.Boot != s.Boot); err != nil {
 		return fmt.Errorf("%w: %w", ErrState, err)
 	}
 	s.mark = &m
@@ -319,7 +375,12 @@ func (s *session) saveMark(m statedir.Mark, revision int64, durable bool) error 
 // settled notes that nothing is under way any more.
 func (s *session) settled(v *view) error {
 	if s.mark != nil && s.mark.Boot != s.Boot {
-		if err := s.saveMark(*s.mark, v.revision, true); err != nil {
+		m := *s.mark
+		m.Boot, m.Boots = s.Boot, []string{s.Boot}
+		if v.writer != nil && v.writer.Chain == m.Chain && v.writer.Boot != s.Boot && slices.Contains(s.mark.Boots, v.writer.Boot) {
+			m.Boots = append(m.Boots, v.writer.Boot)
+		}
+		if err := s.saveMark(m, v.revision, true); err != nil {
 			return err
 		}
 	}
@@ -330,18 +391,23 @@ func (s *session) settled(v *view) error {
 }
 
 // stop tells all nodes that etcd has gone back in time: those that lost nothing
-// would hand out the addresses of those that did.
-func (s *session) stop(found error) error {
+// would hand out the addresses of those that did. It compares the meta under which
+// that was found, lest a late one lands after the recovery; where meta has changed
+// since, it reports false.
+func (s *session) stop(found error, metaMod int64) (bool, error) {
 	err := fmt.Errorf("%w: %w; nobody allocates until 'ledger recover' is done", ErrIntegrity, found)
 	if s.Config.Writer.Kind != entry.KindNode {
-		return err
+		return true, err
 	}
 	node := s.Config.Writer.Name
-	put := Write{Key: s.Keys.Stop(node), Value: keyspace.Encode(keyspace.Stop{Node: node, Found: found.Error(), Time: s.Now().UTC()})}
-	if _, serr := s.Store.Commit(s.ctx, Txn{Then: []Write{put}}); serr != nil {
-		return errors.Join(err, fmt.Errorf("telling the other nodes: %w", serr))
+	r, serr := s.Store.Commit(s.ctx, Txn{
+		If:   []Compare{{Key: s.Keys.Meta(), Mod: metaMod}},
+		Then: []Write{{Key: s.Keys.Stop(node), Value: keyspace.Encode(keyspace.Stop{Node: node, Found: found.Error(), Time: s.Now().UTC()})}},
+	})
+	if serr != nil {
+		return true, errors.Join(err, fmt.Errorf("telling the other nodes: %w", serr))
 	}
-	return err
+	return r.Succeeded, err
 }
 
 // stopsExempt reports whether this may be done though a node stopped the
@@ -368,8 +434,9 @@ func (s *session) refused(v *view) error {
 	return nil
 }
 
-// gets are the reads that answer a need.
-func (s *session) gets(p *Pool, n *need) []Get {
+// gets are the reads that answer a need. Of what k remembers only the changes are
+// read.
+func (s *session) gets(p *Pool, n *need, k *known) []Get {
 	var out []Get
 	for _, b := range n.blocks {
 		out = append(out, Get{Key: s.Keys.Block(keyspace.BlockID{Space: p.Space, Pool: p.Name, Prefix: b})})
@@ -378,7 +445,11 @@ func (s *session) gets(p *Pool, n *need) []Get {
 		out = append(out, Get{Key: s.Keys.Blocks(p.Space, p.Name), End: keyspace.After(s.Keys.Blocks(p.Space, p.Name))})
 	}
 	for _, r := range n.addrs {
-		out = append(out, Get{Key: s.Keys.Address(p.Space, r.From()), End: s.Keys.Address(p.Space, r.To()) + "\x00", Limit: n.limit})
+		g := Get{Key: s.Keys.Address(p.Space, r.From()), End: s.Keys.Address(p.Space, r.To()) + "\x00", Limit: n.limit}
+		if k.memory.has(r) {
+			g.Since = k.memory.revision + 1
+		}
+		out = append(out, g)
 	}
 	return out
 }
@@ -391,6 +462,7 @@ func (s *session) learn(k *known, n *need, answers []Range) error {
 	k.allBlocks = k.allBlocks || n.allBlocks
 	i := len(answers) - len(n.addrs)
 	for j, r := range n.addrs {
+		k.memory.into(k, r)
 		a := answers[i+j]
 		to := r.To()
 		if a.More {
@@ -408,30 +480,35 @@ func (s *session) learn(k *known, n *need, answers []Range) error {
 		k.covered = append(k.covered, netipx.IPRangeFrom(r.From(), to))
 	}
 	for _, a := range answers {
-		for _, kv := range a.KVs {
-			key, err := s.Keys.Parse(kv.Key)
-			if err != nil {
-				s.Log.Warn("a key that nobody should have put there", "err", err)
-				continue
-			}
-			switch key.Kind {
-			case "blocks":
-				var b keyspace.Block
-				err := keyspace.Decode(kv.Value, &b)
-				if err == nil {
-					err = entry.ValidateName("node", b.Node)
-				}
-				if err != nil {
-					s.Log.Warn("a claim that cannot be read", "key", kv.Key, "err", err)
-					b.Node = "?" // somebody's
-				}
-				k.blocks[key.Block.Prefix] = knownBlock{b.Node, kv.Mod}
-			case "addresses":
-				k.addrs[key.IP] = &knownAddress{mod: kv.Mod, raw: kv.Value, bad: len(kv.Value) == 0}
-			}
-		}
+		s.take(k, a)
 	}
 	return nil
+}
+
+// take notes the claims and addresses of an answer.
+func (s *session) take(k *known, a Range) {
+	for _, kv := range a.KVs {
+		key, err := s.Keys.Parse(kv.Key)
+		if err != nil {
+			s.Log.Warn("a key that nobody should have put there", "err", err)
+			continue
+		}
+		switch key.Kind {
+		case "blocks":
+			var b keyspace.Block
+			err := keyspace.Decode(kv.Value, &b)
+			if err == nil {
+				err = entry.ValidateName("node", b.Node)
+			}
+			if err != nil {
+				s.Log.Warn("a claim that cannot be read: 'ledger unclaim' gives the block back", "key", kv.Key, "err", err)
+				b.Node = "?" // somebody's
+			}
+			k.blocks[key.Block.Prefix] = knownBlock{b.Node, kv.Mod}
+		case "addresses":
+			k.addrs[key.IP] = &knownAddress{mod: kv.Mod, raw: kv.Value, bad: len(kv.Value) == 0}
+		}
+	}
 }
 
 func decodeAddress(b []byte, a *keyspace.Address) error {
@@ -439,8 +516,8 @@ func decodeAddress(b []byte, a *keyspace.Address) error {
 		return err
 	}
 	switch {
-	case a.State == keyspace.Leased && a.Holder != nil && !a.Acquire.IsZero() && a.Release.IsZero() && a.HeldUntil == nil:
-	case a.State == keyspace.Free && a.Holder == nil && a.Acquire.IsZero() && !a.Release.IsZero():
+	case a.State == keyspace.Leased && a.Holder != nil && !a.Acquire.IsZero() && a.Release.IsZero() && a.Since.IsZero() && a.Cooldown == 0:
+	case a.State == keyspace.Free && a.Holder == nil && a.Acquire.IsZero() && !a.Release.IsZero() && a.Cooldown >= 0 && a.Cooldown <= entry.MaxCooldown:
 	default:
 		return fmt.Errorf("state %.80q does not go with its other fields", a.State)
 	}
@@ -448,8 +525,14 @@ func decodeAddress(b []byte, a *keyspace.Address) error {
 }
 
 func decodeMeta(b []byte, m *keyspace.Meta) error {
+	var v struct {
+		Version int `json:"version"`
+	}
+	if json.Unmarshal(b, &v) == nil && v.Version > 0 && v.Version != keyspace.FormatVersion {
+		return fmt.Errorf("the ledger has format version %d, and this program reads and writes %d: use the version of the program that goes with it", v.Version, keyspace.FormatVersion)
+	}
 	if err := keyspace.Decode(b, m); err != nil {
-		return err
+		return fmt.Errorf("it cannot be read; 'ledger verify' says what it should be: %w", err)
 	}
 	return m.Validate()
 }
@@ -468,6 +551,20 @@ func (s *session) addressGets(space string, leases []keyspace.Lease) []Get {
 	var out []Get
 	for _, l := range leases {
 		out = append(out, Get{Key: s.Keys.Address(space, l.Address.Addr())})
+	}
+	return out
+}
+
+// inSpace is an address in its address space: there it is unique.
+type inSpace struct {
+	space string
+	ip    netip.Addr
+}
+
+// places are the addresses that an attachment has.
+func places(a *keyspace.Attachment) (out []inSpace) {
+	for _, ip := range addrsOf(a.Leases) {
+		out = append(out, inSpace{a.Space, ip})
 	}
 	return out
 }

@@ -89,11 +89,20 @@ type session struct {
 	lost      bool // a commit's reply was lost; what became of it was found out
 	unsettled bool // settle is not done: a look must not say that it is
 
+	locked bool // the lock was had
+	// gaveUp is called with the error of a session, while the lock is still held.
+	// What it returns takes the error's place.
+	gaveUp func(error) error
+	// settles says that the session settles by itself what may have been sent.
+	settles bool
+
 	// restored exempts from the mark of before a restore; drill from frozen and
 	// stops/; anyState from frozen, and in a drill from stops/, for operators'
 	// releases.
 	restored, drill, anyState bool
 	init                      bool // there is no meta yet
+	dry                       bool // an assert only looks
+	guard                     *guard
 }
 
 // with connects, takes the lock, checks the identity and runs f. The deadline
@@ -114,10 +123,20 @@ func (w *Writer) withSession(ctx context.Context, s *session, f func(s *session)
 		return fmt.Errorf("%w: %w", ErrState, err)
 	}
 	defer unlock()
+	s.locked = true
 
 	ctx, cancel = context.WithTimeout(ctx, w.Timeout)
 	defer cancel()
 	s.ctx = ctx
+	err = s.run(connectErr, f)
+	if err != nil && s.gaveUp != nil {
+		err = s.gaveUp(err)
+	}
+	return err
+}
+
+// run is a session under the lock.
+func (s *session) run(connectErr error, f func(s *session) error) error {
 	// Who we are comes before all else: a copied state directory is refused
 	// also while etcd is away.
 	if err := s.identify(); err != nil {
@@ -126,20 +145,25 @@ func (w *Writer) withSession(ctx context.Context, s *session, f func(s *session)
 	if connectErr != nil {
 		return errors.Join(s.broken, connectErr)
 	}
-	unclean, err := s.unclean()
-	if err != nil {
-		return err
-	}
-	if unclean && !s.init {
-		// Who is not the writer must not touch its key, not even to fence.
-		if err := s.mayFence(); err != nil {
-			return err
-		}
-		if err := s.settle(); err != nil {
+	if !s.init && !s.settles {
+		if err := s.clean(); err != nil {
 			return err
 		}
 	}
 	return f(s)
+}
+
+// clean settles what may have been sent and whose outcome is not known.
+func (s *session) clean() error {
+	unclean, err := s.unclean()
+	if err != nil || !unclean {
+		return err
+	}
+	// Who is not the writer must not touch its key, not even to fence.
+	if err := s.mayFence(); err != nil {
+		return err
+	}
+	return s.settle()
 }
 
 // mayFence refuses a writer whose identity is broken, unless an operator's

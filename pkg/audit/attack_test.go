@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"go4.org/netipx"
+
 	"github.com/ipam-ledger/ipam-ledger/pkg/audit/entry"
 	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
 )
@@ -34,7 +36,11 @@ func (l *ledger) edit(key, from, to string) {
 // forge changes a value and leaves no trace in etcd's revisions: somebody with
 // the database file, or with an export.
 func (l *ledger) forge(key string, f func([]byte) []byte) {
-	l.kv[key].Value = f(l.value(key))
+	v := f(l.value(key))
+	if bytes.Equal(v, l.value(key)) {
+		l.t.Fatalf("%s is as it was", key)
+	}
+	l.kv[key].Value = v
 }
 
 func (l *ledger) setHead(name string, f func(*keyspace.Writer)) {
@@ -111,20 +117,20 @@ var attacks = []attack{
 	},
 	{
 		name:  "row 1: edit a field that the state does not show",
-		do:    func(l *ledger) { l.edit(l.entryKey(nodeB, 1, 3), "u-c3", "u-c9") },
+		do:    func(l *ledger) { l.edit(l.entryKey(nodeB, 1, 3), `trace "t"`, `trace "u"`) },
 		codes: []Code{BadSignature, HashMismatch, Rewritten}, exit: 1,
 	},
 	{
 		name: "row 1: edit without a trace in the revisions",
 		do: func(l *ledger) {
-			l.forge(l.entryKey(nodeB, 1, 3), func(b []byte) []byte { return bytes.Replace(b, []byte("u-c3"), []byte("u-c9"), 1) })
+			l.forge(l.entryKey(nodeB, 1, 3), func(b []byte) []byte { return bytes.Replace(b, []byte(`trace "t"`), []byte(`trace "u"`), 1) })
 		},
 		codes: []Code{BadSignature, HashMismatch}, exit: 1,
 	},
 	{
 		name: "row 1: edit a tip",
 		do: func(l *ledger) {
-			l.forge(l.entryKey(nodeA, 2, 6), func(b []byte) []byte { return bytes.Replace(b, []byte("14:00:00"), []byte("14:00:01"), 1) })
+			l.forge(l.entryKey(nodeA, 2, 6), func(b []byte) []byte { return bytes.Replace(b, []byte("time 2026"), []byte("time 2025"), 1) })
 		},
 		// The release's hash is what the address, and the head, name.
 		codes: []Code{BadSignature, HashMismatch, StateDiffers}, exit: 1,
@@ -437,8 +443,27 @@ var attacks = []attack{
 			v.Acquire = v.Release
 			l.put(k, keyspace.Encode(v))
 			l.put(l.keys.Address("default", netip.MustParseAddr("10.22.7.3")), []byte(`{"state":"mine","pool":"prod"}`))
+			k = l.keys.Address("default", netip.MustParseAddr("10.22.7.2"))
+			v = get[keyspace.Address](l, k)
+			v.Cooldown = 60
+			l.put(k, keyspace.Encode(v))
 		},
 		codes: []Code{Malformed}, exit: 1,
+	},
+	{
+		name: "a value that spells an odd pod as it is, and one that makes fields of it",
+		do: func(l *ledger) {
+			raw := func(container, pod, escaped string) {
+				l.pod = pod
+				l.acquire(l.writer(nodeA), att("a", container), "10.22.7."+container[1:])
+				l.forge(l.keys.Attachment(att("a", container)), func(b []byte) []byte {
+					return bytes.Replace(b, []byte(escaped), []byte(pod), 1)
+				})
+			}
+			raw("c10", "shop/a&b", `shop/a\u0026b`)
+			raw("c11", `x","podUID":"y`, `x\",\"podUID\":\"y`)
+		},
+		codes: []Code{Malformed, StateDiffers}, exit: 1,
 	},
 	{
 		name: "a stray key, a stray entry",
@@ -460,7 +485,7 @@ var attacks = []attack{
 	{
 		name: "an entry of another node's lease",
 		do: func(l *ledger) {
-			l.release(l.writer(nodeA), att("b", "c3"), 0)
+			l.release(l.writer(nodeA), att("b", "c3"))
 		},
 		codes: []Code{WrongNode}, exit: 1,
 	},
@@ -486,7 +511,7 @@ var attacks = []attack{
 	{
 		name:  "a key newer than what was read",
 		do:    func(l *ledger) { l.kv[l.keys.Meta()].Mod += 1000 },
-		codes: []Code{Revision}, exit: 1,
+		codes: []Code{Revision, StateDiffers}, exit: 1,
 	},
 	{
 		name: "an old epoch goes on after a recovery",
@@ -632,20 +657,336 @@ var attacks = []attack{
 		codes: []Code{BadSignature}, exit: 1,
 	},
 	{
-		name:  "an op of a newer version",
+		name: "two addresses of one range for one interface",
+		do: func(l *ledger) {
+			l.acquire(l.writer(nodeA), att("a", "c9"), "10.22.7.9", "10.22.7.10")
+		},
+		codes: []Code{DoubleLease}, exit: 1, notice: "(I2)",
+	},
+	{
+		name:  "a network's own address",
+		do:    func(l *ledger) { l.outside("10.22.9.0", 24) },
+		codes: []Code{OutsidePool}, exit: 1, notice: "network's own",
+	},
+	{
+		name:  "a broadcast address",
+		do:    func(l *ledger) { l.outside("10.22.9.255", 24) },
+		codes: []Code{OutsidePool}, exit: 1, notice: "broadcast",
+	},
+	{
+		name:  "the broadcast address of a subnet of four",
+		do:    func(l *ledger) { l.outside("10.22.9.7", 30) },
+		codes: []Code{OutsidePool}, exit: 1, notice: "broadcast",
+	},
+	{
+		name:  "an anycast address of routers",
+		do:    func(l *ledger) { l.outside("fd00:9::", 126) },
+		codes: []Code{OutsidePool}, exit: 1, notice: "anycast",
+	},
+	{
+		name: "what has no such addresses",
+		do: func(l *ledger) {
+			l.outside("10.22.9.6", 31)
+			l.outside("10.22.9.9", 31)
+			l.outside("10.22.9.10", 32)
+			l.outside("fd00:9::", 127)
+			l.outside("fd00:8::ffff:ffff:ffff:ffff", 64)
+		},
+		codes: nil, exit: 0,
+	},
+	{
+		name: "a gateway, and the gateway of another address of it, imported",
+		do: func(l *ledger) {
+			l.assert = entry.AssertImport
+			own, x, y := addressIn("10.22.7.8"), addressIn("10.22.7.9"), addressIn("10.22.7.10")
+			own.Gateway = own.IP
+			l.acquireAt(l.writer(nodeA), att("a", "c9"), nil, own)
+			y.Gateway, x.Range, y.Range = x.IP, netipx.IPRange{}, netipx.IPRange{}
+			l.acquireAt(l.writer(nodeA), att("a", "c10"), nil, x, y)
+		},
+		codes: []Code{OutsidePool}, exit: 1, notice: "2 OUTSIDE-POOL",
+	},
+	{
+		name: "an address before its cooldown is over",
+		do: func(l *ledger) {
+			a := l.cooled(60)
+			l.now = l.now.Add(59*time.Second + 999*time.Millisecond - time.Nanosecond) // and the entry is a millisecond later
+			l.acquire(l.writer(nodeB), a, "10.22.7.9")
+		},
+		codes: []Code{TooSoon}, exit: 1,
+	},
+	{
+		name: "an address before its cooldown is over, by a clock that is behind",
+		do: func(l *ledger) {
+			a := l.cooled(24 * 60 * 60)
+			l.now = l.now.Add(-23 * time.Hour)
+			l.acquire(l.writer(nodeB), a, "10.22.7.9")
+			l.now = l.now.Add(23 * time.Hour)
+		},
+		codes: []Code{TooSoon}, exit: 1,
+	},
+	{
+		name: "an address as soon as its cooldown is over, or by a clock that is far behind, or asserted",
+		do: func(l *ledger) {
+			a := l.cooled(60)
+			l.now = l.now.Add(60*time.Second - time.Millisecond)
+			l.acquire(l.writer(nodeB), a, "10.22.7.9")
+			l.release(l.writer(nodeB), a)
+			a = l.cooled(60)
+			l.now = l.now.Add(-time.Hour)
+			l.acquire(l.writer(nodeB), a, "10.22.7.9")
+			l.now = l.now.Add(time.Hour)
+			l.release(l.writer(nodeB), a)
+			a = l.cooled(60)
+			l.assert = entry.AssertRecover
+			l.acquire(l.writer(nodeB), a, "10.22.7.9")
+		},
+		codes: nil, exit: 0,
+	},
+	{
+		name: "clear who closed a writer's chain",
+		do: func(l *ledger) {
+			l.replace(l.writer(ann), l.writer(nodeA))
+			l.setHead(nodeA, func(w *keyspace.Writer) { w.Closed = entry.Ref{} })
+		},
+		codes: []Code{StateDiffers}, exit: 1, notice: "got closed nothing",
+	},
+	{
+		name: "set who closed a writer's chain to an older close",
+		do: func(l *ledger) {
+			old := l.refOf(l.entryKey(ann, 1, 7)) // of node/a's first chain
+			if e := l.parsed(l.entryKey(ann, 1, 7)); e.Op != entry.Close {
+				l.t.Fatalf("entry 7 is op %s", e.Op)
+			}
+			l.setHead(nodeA, func(w *keyspace.Writer) { w.Closed = old })
+		},
+		codes: []Code{StateDiffers}, exit: 1, notice: "want closed nothing",
+	},
+	{
+		name: "undo a whole close, which cannot be seen",
+		do: func(l *ledger) {
+			before := l.writer(ann).head
+			l.replace(l.writer(ann), l.writer(nodeA))
+			l.del(l.entryKey(ann, 1, before.Seq+1))
+			l.setHead(ann, func(w *keyspace.Writer) { *w = before })
+			l.setHead(nodeA, func(w *keyspace.Writer) { w.Closed = entry.Ref{} })
+		},
+		codes: nil, exit: 0,
+	},
+	{
+		name: "a removed writer that is only replaced",
+		do: func(l *ledger) {
+			l.closes(l.writer(ann), l.writer(nodeA), true)
+			l.setHead(nodeA, func(w *keyspace.Writer) { w.Removed = false })
+		},
+		codes: []Code{StateDiffers}, exit: 1, notice: "removed",
+	},
+	{
+		name: "name an older recover entry",
+		do: func(l *ledger) {
+			old := l.commit(l.writer(nodeA), &entry.Entry{Op: entry.Recover, Epoch: 1})[0]
+			l.commit(l.writer(nodeA), &entry.Entry{Op: entry.Recover, Epoch: 1})
+			l.setHead(nodeA, func(w *keyspace.Writer) { w.Recover = old })
+		},
+		codes: []Code{StateDiffers}, exit: 1, notice: "recovered",
+	},
+	{
+		name:  "write meta again",
+		do:    func(l *ledger) { k := l.keys.Meta(); l.put(k, l.value(k)) },
+		codes: []Code{StateDiffers}, exit: 1,
+	},
+	{
+		name: "take a recovery to be over",
+		do: func(l *ledger) {
+			l.recovering = true
+			l.meta(l.writer(ann), keyspace.Frozen)
+			l.edit(l.keys.Meta(), `"recovering":true,`, ``)
+		},
+		codes: []Code{StateDiffers}, exit: 1, notice: "recovering",
+	},
+	{
+		name: "put a chain's last entry again",
+		do: func(l *ledger) {
+			w := l.writer(nodeA)
+			l.commit(w, &entry.Entry{Op: entry.Recover, Epoch: 1})
+			k := l.keys.Entry(w.Writer, w.head.Chain, w.head.Seq)
+			v := l.value(k)
+			l.del(k)
+			l.put(k, v)
+		},
+		codes: []Code{StateDiffers}, exit: 1,
+	},
+	{
+		name: "a stop in another node's name",
+		do: func(l *ledger) {
+			l.put(l.keys.Stop("b"), keyspace.Encode(keyspace.Stop{Node: "a", Found: "revision went back", Time: l.now}))
+		},
+		codes: []Code{Malformed}, exit: 1,
+	},
+	{
+		name:  "an op of a newer version, in a ledger that is of none",
 		do:    func(l *ledger) { l.unknown(nodeB, "op acquire\n", "op transfer\n") },
-		codes: nil, exit: 3, notice: "UNKNOWN-VERSION",
+		codes: []Code{AllocNoEntry, UnknownEntry}, exit: 1,
 	},
 	{
-		name:  "an entry of a newer version",
+		name:  "an entry of a newer version, in a ledger that is of none",
 		do:    func(l *ledger) { l.unknown(nodeB, "entry/v1\n", "entry/v2\n") },
+		codes: []Code{AllocNoEntry, UnknownEntry}, exit: 1,
+	},
+	{
+		name: "an op of a newer version hides nothing",
+		do: func(l *ledger) {
+			l.unknown(nodeB, "op acquire\n", "op transfer\n")
+			l.harmElsewhere()
+		},
+		codes: []Code{AllocNoEntry, DoubleAlloc, StateDiffers, StateMissing, UnknownEntry}, exit: 1,
+	},
+	{
+		name:  "an op of a newer version, in a ledger of one",
+		do:    func(l *ledger) { l.upgrade(); l.unknown(nodeB, "op acquire\n", "op transfer\n") },
 		codes: nil, exit: 3, notice: "UNKNOWN-VERSION",
 	},
 	{
-		name:  "meta of a newer version",
-		do:    func(l *ledger) { l.edit(l.keys.Meta(), `"version":1`, `"version":2,"more":true`) },
-		codes: nil, exit: 3, notice: "meta is of version 2",
+		name:  "an entry of a newer version, in a ledger of one",
+		do:    func(l *ledger) { l.upgrade(); l.unknown(nodeB, "entry/v1\n", "entry/v2\n") },
+		codes: nil, exit: 3, notice: "not judged, as entries that are not known may explain it: 2 ALLOC-NO-ENTRY",
 	},
+	{
+		name:  "a ledger of a newer version",
+		do:    func(l *ledger) { l.upgrade() },
+		codes: nil, exit: 3, notice: "meta is of version 3",
+	},
+	{
+		name: "a ledger of a newer version, and harm on other chains",
+		do: func(l *ledger) {
+			l.upgrade()
+			l.unknown(nodeB, "op acquire\n", "op transfer\n")
+			l.harmElsewhere()
+		},
+		codes: []Code{DoubleAlloc, StateDiffers, StateMissing}, exit: 1,
+	},
+	{
+		name: "an op of a newer version, before the ledger is of one",
+		do: func(l *ledger) {
+			l.unknown(nodeB, "op acquire\n", "op transfer\n")
+			l.upgrade()
+		},
+		codes: []Code{AllocNoEntry, UnknownEntry}, exit: 1,
+	},
+	{
+		name: "a release of a newer version",
+		do: func(l *ledger) {
+			l.upgrade()
+			l.release(l.writer(ann), att("b", "c3"))
+			l.unknownLast(ann, "op release\n", "op transfer\n")
+		},
+		codes: nil, exit: 3, notice: "may explain it: 1 STATE-DIFFERS, 1 STATE-MISSING",
+	},
+	{
+		name: "a release of a newer version, and an acquire that follows it",
+		do: func(l *ledger) {
+			l.upgrade()
+			l.release(l.writer(ann), att("b", "c3"))
+			l.unknownLast(ann, "op release\n", "op transfer\n")
+			l.freed["10.22.7.66"] = l.writer(ann).head.Head()
+			l.acquire(l.writer(nodeA), att("a", "c9"), "10.22.7.66")
+		},
+		codes: nil, exit: 3, notice: "may explain it: 1 DOUBLE-ALLOC, 1 STATE-MISSING",
+	},
+	{
+		name: "releases of a newer version by the node, and an acquire of its own",
+		do: func(l *ledger) {
+			l.upgrade()
+			l.release(l.writer(nodeB), att("b", "c4"))
+			l.unknownLast(nodeB, "op release\n", "op transfer\n")
+			l.acquire(l.writer(nodeB), att("b", "c4"), "10.22.7.70")
+			l.release(l.writer(nodeB), att("b", "c3"))
+			l.unknownLast(nodeB, "op release\n", "op transfer\n")
+			l.del(l.keys.Address("default", netip.MustParseAddr("10.22.7.66")))
+		},
+		codes: nil, exit: 3, notice: "may explain it: 1 DOUBLE-LEASE, 1 STATE-DIFFERS, 2 STATE-MISSING",
+	},
+	{
+		name: "a key changed by an op of a newer version",
+		do: func(l *ledger) {
+			l.upgrade()
+			w := l.writer(nodeB)
+			_, vkey := testKey(l.t, w.Writer, "b's third key")
+			l.commit(w, &entry.Entry{Op: entry.Rotate, Key: vkey})
+			l.unknownLast(nodeB, "op rotate\n", "op enrol\n")
+		},
+		codes: nil, exit: 3, notice: "may explain it: 1 STATE-DIFFERS",
+	},
+	{
+		name: "a ledger of a newer version, and a chain that is named as what is named nothing",
+		do: func(l *ledger) {
+			l.upgrade()
+			w := l.writer("node/mallory")
+			w.head.Chain = entry.ChainID{}
+			l.acquire(w, att("mallory", "c9"), "10.22.7.99")
+			l.unknownLast("node/mallory", "op acquire\n", "op transfer\n")
+			l.harmElsewhere()
+			l.freed["10.22.7.5"] = entry.Ref{}
+			l.acquire(l.writer(nodeB), att("b", "c12"), "10.22.7.5")
+		},
+		codes: []Code{AllocNoEntry, BrokenHistory, DoubleAlloc, StateDiffers, StateMissing}, exit: 1,
+	},
+	{
+		name: "meta alone says a newer version",
+		do: func(l *ledger) {
+			l.unknown(nodeB, "op acquire\n", "op transfer\n")
+			l.edit(l.keys.Meta(), `"version":2`, `"version":3,"more":true`)
+		},
+		codes: []Code{AllocNoEntry, Malformed, StateDiffers, UnknownEntry}, exit: 1, notice: "version 3",
+	},
+	{
+		name: "a node says a newer version",
+		do: func(l *ledger) {
+			l.version = 3
+			l.meta(l.writer(nodeB), keyspace.Running)
+			l.unknown(nodeB, "op acquire\n", "op transfer\n")
+		},
+		codes: []Code{AllocNoEntry, StateDiffers, UnknownEntry, WrongNode}, exit: 1,
+	},
+	{
+		name: "meta takes a newer version back",
+		do: func(l *ledger) {
+			l.upgrade()
+			l.unknown(nodeB, "op acquire\n", "op transfer\n")
+			l.edit(l.keys.Meta(), `"version":3`, `"version":2`)
+		},
+		codes: []Code{AllocNoEntry, Malformed, StateDiffers, UnknownEntry}, exit: 1,
+	},
+}
+
+// outside acquires an address of a subnet whose gateway and range are not known.
+func (l *ledger) outside(ip string, bits int) {
+	l.acquireAt(l.writer(nodeA), att("a", "c"+strings.ReplaceAll(ip, ":", "-")), nil, entry.Address{IP: netip.MustParseAddr(ip), Bits: bits})
+}
+
+// cooled has 10.22.7.9 released with a cooldown just now, and returns who held it.
+func (l *ledger) cooled(seconds int64) keyspace.AttachmentID {
+	a := att("b", "c9")
+	l.cooldown = seconds
+	l.acquire(l.writer(nodeB), a, "10.22.7.9")
+	l.cooldown = 0
+	l.release(l.writer(nodeB), a)
+	return a
+}
+
+// harmElsewhere is a double allocation, an address deleted and a block edited, that
+// have nothing to do with node b's chain.
+func (l *ledger) harmElsewhere() {
+	l.acquire(l.writer(nodeA), att("a", "c11"), "10.22.7.3")
+	l.del(l.keys.Address("default", netip.MustParseAddr("10.22.7.4")))
+	l.edit(l.keys.Block(keyspace.BlockID{Space: "default", Pool: "prod", Prefix: netip.MustParsePrefix("10.22.7.0/26")}), `"node":"a"`, `"node":"c"`)
+}
+
+// upgrade makes it a ledger of a newer version, whose meta has a field more.
+func (l *ledger) upgrade() {
+	l.version = keyspace.FormatVersion + 1
+	l.meta(l.writer(ann), keyspace.Running)
+	l.forge(l.keys.Meta(), func(b []byte) []byte { return append(b[:len(b)-1], `,"more":true}`...) })
 }
 
 // rewrite signs a writer's whole chain anew, consistently, its head included.
@@ -653,6 +994,7 @@ func (l *ledger) rewrite(name, vkey string, with func(*testWriter)) {
 	w := l.writer(name)
 	with(w)
 	w.head.Seq, w.head.Hash = 0, entry.Hash{}
+	var recover entry.Ref
 	for seq := uint64(1); l.kv[l.entryKey(name, 1, seq)] != nil; seq++ {
 		k := l.entryKey(name, 1, seq)
 		r := l.kv[k]
@@ -675,6 +1017,9 @@ func (l *ledger) rewrite(name, vkey string, with func(*testWriter)) {
 		old := l.refOf(k)
 		r.Value = stored
 		w.head.Seq, w.head.Hash = seq, hash
+		if e.Op == entry.Recover {
+			recover = w.head.Head()
+		}
 		for _, o := range l.kv { // whoever names the old entry names the new one
 			if !strings.HasPrefix(o.Key, l.keys.Chains()) {
 				o.Value = bytes.ReplaceAll(o.Value, []byte(old.String()), []byte(w.head.Head().String()))
@@ -683,26 +1028,35 @@ func (l *ledger) rewrite(name, vkey string, with func(*testWriter)) {
 	}
 	k := l.keys.Writer(w.Writer)
 	v := get[keyspace.Writer](l, k)
-	v.Hash = w.head.Hash
+	v.Hash, v.Recover = w.head.Hash, recover
 	e := l.parsed(l.entryKey(name, 1, 1))
 	v.Key = e.Key
 	l.put(k, keyspace.Encode(v))
 }
 
-// unknown commits an honest entry of a newer writer, with the state it makes.
+// unknown commits an honest entry of a newer writer, with the state it makes, and
+// one that follows it.
 func (l *ledger) unknown(name, from, to string) {
+	l.acquire(l.writer(name), att("b", "c9"), "10.22.7.99")
+	l.unknownLast(name, from, to)
+	l.acquire(l.writer(name), att("b", "c10"), "10.22.7.98")
+}
+
+// unknownLast makes a writer's last entry one of a newer version.
+func (l *ledger) unknownLast(name, from, to string) {
 	w := l.writer(name)
-	l.acquire(w, att("b", "c9"), "10.22.7.99")
 	k := l.keys.Entry(w.Writer, w.head.Chain, w.head.Seq)
+	old := l.refOf(k)
 	text, _, _ := bytes.Cut(l.value(k), []byte("\n\n"))
 	text = append(bytes.Replace(text, []byte(from), []byte(to), 1), '\n')
 	l.kv[k].Value = noteOf(l.t, w, string(text))
-	ref := l.refOf(k)
-	w.head.Hash = ref.Hash
-	hk := l.keys.Writer(w.Writer)
-	l.kv[hk].Value = keyspace.Encode(w.head)
-	// and one that follows it
-	l.acquire(w, att("b", "c10"), "10.22.7.98")
+	w.head.Hash = l.refOf(k).Hash
+	for _, r := range l.kv {
+		if !strings.HasPrefix(r.Key, l.keys.Chains()) {
+			r.Value = bytes.ReplaceAll(r.Value, []byte(old.String()), []byte(w.head.Head().String()))
+		}
+	}
+	l.kv[l.keys.Writer(w.Writer)].Value = keyspace.Encode(w.head)
 }
 
 func TestAttacks(t *testing.T) {

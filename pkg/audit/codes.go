@@ -30,12 +30,15 @@ const (
 	DoubleAlloc    Code = "DOUBLE-ALLOC"
 	DoubleLease    Code = "DOUBLE-LEASE"
 	BrokenHistory  Code = "BROKEN-HISTORY"
+	TooSoon        Code = "TOO-SOON"
+	OutsidePool    Code = "OUTSIDE-POOL"
 	ReleaseNoHold  Code = "RELEASE-NO-HOLD"
 	DoubleClaim    Code = "DOUBLE-CLAIM"
 	AllocNoEntry   Code = "ALLOC-NO-ENTRY"
 	StateMissing   Code = "STATE-MISSING"
 	StateDiffers   Code = "STATE-DIFFERS"
 	UnknownKey     Code = "UNKNOWN-KEY"
+	UnknownEntry   Code = "UNKNOWN-ENTRY"
 	Rollback       Code = "ROLLBACK"
 	ArchiveCorrupt Code = "ARCHIVE-CORRUPT"
 	TrailingData   Code = "TRAILING-DATA"
@@ -66,18 +69,21 @@ var Codes = []struct {
 	{Revision, "an entry's revision is not before its own commit, or goes back within its chain"},
 	{StaleEpoch, "a chain of an earlier epoch was extended after a recovery, or an epoch went back"},
 	{DoubleAlloc, "an address was acquired while another attachment held it (I1)"},
-	{DoubleLease, "an attachment acquired while it held a lease already (I2)"},
+	{DoubleLease, "an attachment acquired while it held a lease already, or two addresses of one range (I2)"},
 	{BrokenHistory, "an acquire does not follow the last release of its address"},
+	{TooSoon, "an address was acquired before its cooldown was over, by the clocks of release and acquire"},
+	{OutsidePool, "an address was acquired that no pool hands out: a network's own, its broadcast, a gateway"},
 	{ReleaseNoHold, "a release or unclaim of what is not held by whom it names"},
 	{DoubleClaim, "a block was claimed while it was claimed already"},
 	{AllocNoEntry, "an address, attachment or block is held in etcd, and no entry says so (I3)"},
 	{StateMissing, "by the entries a key should be there, and it is not"},
 	{StateDiffers, "a live key differs from what the entries say, or was written outside their commits"},
 	{UnknownKey, "a key below the prefix that this program would not have written"},
+	{UnknownEntry, "an entry of a version or with an op that this program does not know, in a ledger of a version that it does"},
 	{Rollback, "etcd is not the one that the ledger was made for: restored without 'ledger recover'"},
 	{ArchiveCorrupt, "an export's checksum or counts are not those of its content"},
 	{TrailingData, "bytes follow the end of an export"},
-	{UnknownVersion, "written by a newer version: hash and signature checked, meaning not (reduced coverage)"},
+	{UnknownVersion, "the ledger is of a newer version: of what is new hash and signature are checked, not the meaning (reduced coverage)"},
 	{ClockSkew, "writers' clocks disagree (a warning: order never rests on clocks)"},
 }
 
@@ -91,7 +97,8 @@ func Explain() string {
 	}
 	b.WriteString(`
 Exit status: 0 verified, 1 findings, 2 could not check, 3 verified with reduced
-coverage (entries of a newer version).
+coverage (the ledger is of a newer version: what its chains with entries that are
+not known may explain is counted and not judged).
 
 What cannot be detected yet, and why:
 
@@ -99,6 +106,10 @@ What cannot be detected yet, and why:
   later release or other chain rests on what was cut: nothing in etcd remembers
   it. The writer's own node does, by its mark, and refuses to go on (104); a
   tail whose node is gone is lost unseen until entries are sealed.
+
+  A whole close undone before the closed writer opened another chain: the
+  operator's tail cut off together with its head, and the writer's "closed"
+  cleared. The operator's own mark shows it.
 
   A chain rolled back and regrown, or a whole ledger rewritten from its start,
   by somebody who has the writers' keys: all signatures hold. An earlier export
@@ -116,6 +127,13 @@ What cannot be detected yet, and why:
   prevent it.
 
   Plausible entries signed with a stolen key that nobody has closed.
+
+  What is in no entry: stops (that one was deleted, too), and of writers' heads
+  the boot ID and whether two machines dispute the chain. Every other field of
+  every value is replayed and compared.
+
+  Which ranges a pool has: of its subnet, gateway and range an acquire says what
+  its node says.
 
   An allocation without entry that was made and undone between two runs.
 

@@ -190,10 +190,11 @@ func harm(l *ledger, names []string, which int, how byte, data []byte, n int64) 
 	r := l.kv[key]
 	old := *r
 	isEntry := strings.HasPrefix(key, l.keys.Chains())
+	isHead := strings.HasPrefix(key, l.keys.Writers()) // of which not all is checked
 	switch how % 8 {
 	case 0: // another value, written by a client
 		l.put(key, data)
-		return isEntry || strings.HasPrefix(key, l.keys.Addresses()) || strings.HasPrefix(key, l.keys.Attachments()) || strings.HasPrefix(key, l.keys.AllBlocks())
+		return !isHead
 	case 1: // another key beside it
 		other := l.keys.Prefix() + string(data)
 		if l.kv[other] != nil {
@@ -207,13 +208,13 @@ func harm(l *ledger, names []string, which int, how byte, data []byte, n int64) 
 			v[(int(uint64(n)%uint64(len(v)))+i)%len(v)] ^= b
 		}
 		r.Value = v
-		return isEntry && !bytes.Equal(v, old.Value)
+		return !isHead && !bytes.Equal(v, old.Value)
 	case 3: // gone
 		l.del(key)
 		return true
 	case 4:
 		r.Mod = n
-		return isEntry && n != old.Mod
+		return n != old.Mod && (!isHead || n < old.Mod)
 	case 5:
 		r.Create = n
 		return isEntry && n != old.Create

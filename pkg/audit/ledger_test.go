@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"go4.org/netipx"
 	"golang.org/x/mod/sumdb/note"
 
 	"github.com/ipam-ledger/ipam-ledger/pkg/audit/entry"
@@ -31,10 +32,15 @@ type ledger struct {
 	etcd    string
 	epoch   uint64
 	now     time.Time
-	held    map[string]*lease // attachment -> what it holds
+	held    map[string]*holding // attachment -> what it holds
 	freed   map[string]entry.Ref
 	cheap   bool // sign with nonsense what is neither checked nor a tip
-	pod     string
+
+	// Of the next acquires and meta entries.
+	pod, assert string
+	cooldown    int64
+	recovering  bool
+	version     int
 }
 
 type testWriter struct {
@@ -46,12 +52,13 @@ type testWriter struct {
 	mark   entry.Ref // for the next open
 }
 
-type lease struct {
-	att     keyspace.AttachmentID
-	space   string
-	pool    string
-	ips     []netip.Addr
-	acquire entry.Ref
+type holding struct {
+	att      keyspace.AttachmentID
+	space    string
+	pool     string
+	ips      []netip.Addr
+	acquire  entry.Ref
+	cooldown int64
 }
 
 const testCluster = "2f1c7d1e-0d8d-4a53-9a3c-2f1c7d1e0d8d"
@@ -64,7 +71,7 @@ func newLedger(t testing.TB) *ledger {
 	return &ledger{
 		t: t, keys: keys, rev: 100, kv: map[string]*Record{}, writers: map[string]*testWriter{},
 		cluster: testCluster, etcd: "cafe00000000beef", epoch: 1, now: time.Date(2026, 11, 20, 14, 0, 0, 123456789, time.UTC),
-		held: map[string]*lease{}, freed: map[string]entry.Ref{}, pod: "shop/cart-7d9f",
+		held: map[string]*holding{}, freed: map[string]entry.Ref{}, pod: "shop/cart-7d9f", version: keyspace.FormatVersion,
 	}
 }
 
@@ -237,7 +244,7 @@ func (l *ledger) commit(w *testWriter, ee ...*entry.Entry) (refs []entry.Ref) {
 	l.rev++
 	if !w.opened {
 		w.opened = true
-		e := &entry.Entry{Op: entry.Open, Writer: w.Writer, Key: w.vkey, Cluster: l.cluster, Epoch: l.epoch, Mark: w.mark}
+		e := &entry.Entry{Op: entry.Open, Writer: w.Writer, Key: w.vkey, Machine: w.head.Machine, Cluster: l.cluster, Epoch: l.epoch, Mark: w.mark}
 		if old, ok := l.kv[l.keys.Writer(w.Writer)]; ok {
 			var v keyspace.Writer
 			if err := keyspace.Decode(old.Value, &v); err != nil {
@@ -250,8 +257,11 @@ func (l *ledger) commit(w *testWriter, ee ...*entry.Entry) (refs []entry.Ref) {
 	}
 	for _, e := range ee {
 		refs = append(refs, l.append(w, e))
-		if e.Op == entry.Rotate {
+		switch e.Op {
+		case entry.Rotate:
 			w.head.Key = e.Key
+		case entry.Recover:
+			w.head.Recover = refs[len(refs)-1]
 		}
 	}
 	l.putAt(l.keys.Writer(w.Writer), keyspace.Encode(w.head))
@@ -259,10 +269,10 @@ func (l *ledger) commit(w *testWriter, ee ...*entry.Entry) (refs []entry.Ref) {
 }
 
 func (l *ledger) meta(w *testWriter, state keyspace.State) entry.Ref {
-	e := &entry.Entry{Op: entry.Meta, Cluster: l.cluster, EtcdCluster: l.etcd, Epoch: l.epoch, State: string(state)}
+	e := &entry.Entry{Op: entry.Meta, Cluster: l.cluster, EtcdCluster: l.etcd, Epoch: l.epoch, State: string(state), Recovering: l.recovering, Version: uint64(l.version)}
 	ref := l.commit(w, e)[0]
 	l.putAt(l.keys.Meta(), keyspace.Encode(keyspace.Meta{
-		Version: keyspace.FormatVersion, Cluster: l.cluster, EtcdCluster: l.etcd, Epoch: l.epoch, State: state, Entry: ref,
+		Version: l.version, Cluster: l.cluster, EtcdCluster: l.etcd, Epoch: l.epoch, State: state, Recovering: l.recovering, Entry: ref,
 	}))
 	return ref
 }
@@ -276,28 +286,42 @@ func (l *ledger) acquire(w *testWriter, a keyspace.AttachmentID, ips ...string) 
 }
 
 func (l *ledger) acquireIn(w *testWriter, a keyspace.AttachmentID, blocks []netip.Prefix, ips ...string) entry.Ref {
-	e := &entry.Entry{
-		Op: entry.Acquire, Space: "default", Pool: "prod", Blocks: blocks,
-		Node: a.Node, Network: a.Network, Container: a.Container, Interface: a.Interface, Pod: l.pod, PodUID: "u-" + a.Container,
-	}
-	h := &lease{att: a, space: e.Space, pool: e.Pool}
+	var aa []entry.Address
 	for _, s := range ips {
-		ip := netip.MustParseAddr(s)
-		e.Addresses = append(e.Addresses, entry.Address{IP: ip, After: l.freed[s]})
-		h.ips = append(h.ips, ip)
+		aa = append(aa, addressIn(s))
+	}
+	return l.acquireAt(w, a, blocks, aa...)
+}
+
+// addressIn is an address as our pools hand it out.
+func addressIn(ip string) entry.Address {
+	a := entry.Address{IP: netip.MustParseAddr(ip)}
+	if a.IP.Is4() {
+		a.Bits, a.Gateway, a.Range = 8, netip.MustParseAddr("10.0.0.1"), netipx.MustParseIPRange("10.0.0.2-10.255.255.254")
+	} else {
+		a.Bits, a.Range = 64, netipx.MustParseIPRange("fd00::2-fd00::ffff")
+	}
+	return a
+}
+
+func (l *ledger) acquireAt(w *testWriter, a keyspace.AttachmentID, blocks []netip.Prefix, aa ...entry.Address) entry.Ref {
+	e := &entry.Entry{
+		Op: entry.Acquire, Space: "default", Pool: "prod", Blocks: blocks, Cooldown: l.cooldown, Assert: l.assert,
+		Node: a.Node, Network: a.Network, Container: a.Container, Interface: a.Interface, Pod: l.pod, PodUID: "u-" + a.Container, Trace: "t",
+	}
+	h := &holding{att: a, space: e.Space, pool: e.Pool, cooldown: e.Cooldown}
+	v := keyspace.Attachment{Space: e.Space, Pool: e.Pool, Cooldown: e.Cooldown, Pod: e.Pod, PodUID: e.PodUID}
+	for _, ea := range aa {
+		ea.After = l.freed[ea.IP.String()]
+		e.Addresses = append(e.Addresses, ea)
+		h.ips = append(h.ips, ea.IP)
+		v.Leases = append(v.Leases, keyspace.Lease{Address: netip.PrefixFrom(ea.IP, ea.Bits), Gateway: ea.Gateway, Range: ea.Range})
 	}
 	ref := l.commit(w, e)[0]
-	h.acquire = ref
+	h.acquire, v.Acquire = ref, ref
 	l.held[a.String()] = h
-	v := keyspace.Attachment{Space: e.Space, Pool: e.Pool, Acquire: ref, Pod: e.Pod, PodUID: e.PodUID}
 	for _, ip := range h.ips {
 		l.putAt(l.keys.Address(e.Space, ip), keyspace.Encode(keyspace.Address{State: keyspace.Leased, Pool: e.Pool, Holder: &a, Acquire: ref}))
-		bits := 24
-		gw := netip.MustParseAddr("10.22.7.1")
-		if ip.Is6() {
-			bits, gw = 64, netip.Addr{}
-		}
-		v.Leases = append(v.Leases, keyspace.Lease{Address: netip.PrefixFrom(ip, bits), Gateway: gw})
 	}
 	l.putAt(l.keys.Attachment(a), keyspace.Encode(v))
 	l.claimed(e, ref)
@@ -322,14 +346,11 @@ func (l *ledger) releaseEntry(a keyspace.AttachmentID) *entry.Entry {
 	return e
 }
 
-func (l *ledger) release(w *testWriter, a keyspace.AttachmentID, hold time.Duration) entry.Ref {
+func (l *ledger) release(w *testWriter, a keyspace.AttachmentID) entry.Ref {
 	h := l.held[a.String()]
-	ref := l.commit(w, l.releaseEntry(a))[0]
-	v := keyspace.Address{State: keyspace.Free, Pool: h.pool, Release: ref}
-	if hold != 0 {
-		until := l.now.Add(hold)
-		v.HeldUntil = &until
-	}
+	e := l.releaseEntry(a)
+	ref := l.commit(w, e)[0]
+	v := keyspace.Address{State: keyspace.Free, Pool: h.pool, Release: ref, Since: e.Time, Cooldown: h.cooldown}
 	for _, ip := range h.ips {
 		l.putAt(l.keys.Address(h.space, ip), keyspace.Encode(v))
 		l.freed[ip.String()] = ref
@@ -363,10 +384,13 @@ func (l *ledger) pool(w *testWriter, name, spec string) {
 }
 
 // replace is 'node replace': an operator closes a writer's chain.
-func (l *ledger) replace(op, w *testWriter) {
+func (l *ledger) replace(op, w *testWriter) { l.closes(op, w, false) }
+
+func (l *ledger) closes(op, w *testWriter, remove bool) {
 	v := get[keyspace.Writer](l, l.keys.Writer(w.Writer))
-	ref := l.commit(op, &entry.Entry{Op: entry.Close, Writer: w.Writer, Closes: v.Head(), Reason: "node lost"})[0]
-	v.Closed = ref
+	v.Closed = l.commit(op, &entry.Entry{Op: entry.Close, Writer: w.Writer, Closes: v.Head(), Remove: remove, Reason: "node lost"})[0]
+	v.Removed = remove
+	w.head = v
 	l.putAt(l.keys.Writer(w.Writer), keyspace.Encode(v))
 }
 
@@ -386,28 +410,31 @@ func story(t testing.TB) *ledger {
 	l.pool(op, "gone", `{"ranges":[]}`)
 	l.pool(op, "gone", "")
 	l.acquireIn(a, att("a", "c1"), []netip.Prefix{netip.MustParsePrefix("10.22.7.0/26")}, "10.22.7.2")
+	l.cooldown = 60
 	l.acquire(a, att("a", "c2"), "10.22.7.3", "fd00::3")
+	l.cooldown = 0
 	l.block(entry.Claim, b, "b", netip.MustParsePrefix("10.22.7.64/26"))
 	l.pod = "shop/\"cart\" & more" // legal, and JSON escapes it
 	l.acquire(b, att("b", "c3"), "10.22.7.66")
-	l.release(a, att("a", "c1"), 0)
+	l.release(a, att("a", "c1"))
 	l.acquire(b, att("b", "c4"), "10.22.7.2") // borrowed
-	l.release(a, att("a", "c2"), time.Minute)
+	l.release(a, att("a", "c2"))
 	l.acquire(a, att("a", "c5"), "10.22.7.4")
-	l.release(op, att("a", "c5"), 0) // by hand
+	l.release(op, att("a", "c5")) // by hand
 	signer, vkey := testKey(t, b.Writer, "b's second key")
 	l.commit(b, &entry.Entry{Op: entry.Rotate, Key: vkey})
 	b.signer, b.vkey = signer, vkey
 	l.acquire(b, att("b", "c6"), "10.22.7.67")
-	l.release(b, att("b", "c6"), 0)
+	l.release(b, att("b", "c6"))
 	l.replace(op, a)
 	l.anew(a, 2)
 	a.signer, a.vkey = testKey(t, a.Writer, "a's second key")
+	l.now = l.now.Add(time.Minute)
 	l.acquire(a, att("a", "c7"), "10.22.7.3")
 	l.block(entry.Claim, a, "a", netip.MustParsePrefix("10.22.7.128/26"))
 	l.block(entry.Unclaim, a, "a", netip.MustParsePrefix("10.22.7.128/26"))
 	l.acquire(a, att("a", "c8"), "10.22.7.5")
-	l.release(a, att("a", "c8"), 0)
+	l.release(a, att("a", "c8"))
 	return l
 }
 

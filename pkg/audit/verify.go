@@ -25,12 +25,14 @@ type findings struct {
 	warnings []Finding
 	warned   int64
 	notes    []string
+	doubts   map[Code][]Finding // undecided; decide says which they are
+	doubtful map[Code]int64
 	folded   map[Code]int64
 	sigs     int64
 }
 
 func newFindings() *findings {
-	return &findings{byCode: map[Code]int64{}, badSigs: map[string]bool{}, folded: map[Code]int64{}}
+	return &findings{byCode: map[Code]int64{}, badSigs: map[string]bool{}, doubts: map[Code][]Finding{}, doubtful: map[Code]int64{}, folded: map[Code]int64{}}
 }
 
 // own gives a finding memory of its own: what it was made of is reused.
@@ -58,11 +60,32 @@ func (l *findings) add(f *Finding) {
 	}
 }
 
-// fold counts what would be a finding, were there no entries of unknown meaning.
-func (l *findings) fold(f *Finding) {
+// doubt saves what is a finding, unless the ledger is of a newer version: then
+// entries that this program does not know may explain it.
+func (l *findings) doubt(f *Finding) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.folded[f.Code]++
+	l.doubtful[f.Code]++
+	if len(l.doubts[f.Code]) < MaxFindings {
+		l.doubts[f.Code] = append(l.doubts[f.Code], f.own())
+	}
+}
+
+// decide makes the doubts findings or, in a ledger of a newer version, counts them.
+func (l *findings) decide(newer bool) {
+	if newer {
+		l.folded = l.doubtful
+		delete(l.folded, UnknownEntry) // the report counts those by themselves
+		return
+	}
+	for code, list := range l.doubts {
+		for i := range list {
+			l.add(&list[i])
+		}
+		more := l.doubtful[code] - int64(len(list))
+		l.count += more
+		l.byCode[code] += more
+	}
 }
 
 func (l *findings) warn(f *Finding) {
@@ -221,14 +244,14 @@ func (r *replay) checkTips(workers int) {
 func (r *replay) reportOf(d *diff, o *Options) *Report {
 	l := r.log
 	p := &Report{
-		Snapshot: r.snap, Cluster: r.cluster, Epoch: r.meta.epoch, State: r.meta.state,
+		Snapshot: r.snap, Cluster: r.cluster, Epoch: r.meta.Epoch, State: string(r.meta.State),
 		First: r.first, Last: r.last, Entries: r.entries, Chains: int64(len(r.chains)), Writers: int64(len(r.writers)),
 		Leased: r.leased, Free: int64(len(r.addrs)) - r.leased, Attachments: r.live, Blocks: int64(len(r.blocks)),
 		Signatures: l.sigs, AllSignatures: o.AllSignatures, Pinned: o.Keys != nil, UnknownVersion: r.unknown,
 		Findings: l.list, FindingCount: l.count, ByCode: l.byCode, Warnings: l.warnings, WarningCount: l.warned, Notes: l.notes,
 	}
 	if r.meta.set {
-		p.Cluster = r.meta.cluster
+		p.Cluster = r.meta.Cluster
 	}
 	slices.SortStableFunc(p.Findings, func(a, b Finding) int {
 		switch {
@@ -242,20 +265,22 @@ func (r *replay) reportOf(d *diff, o *Options) *Report {
 		}
 		return strings.Compare(string(a.Code)+a.Detail, string(b.Code)+b.Detail)
 	})
-	if r.unknown > 0 {
-		p.Reduced = append(p.Reduced, fmt.Sprintf("%d entries are of a version or with an op that this program does not know: hash and signature were checked, they were not replayed; use a newer 'ledger'", r.unknown))
+	if d.newer {
+		p.Reduced = append(p.Reduced, fmt.Sprintf("meta is of version %d, and this program knows %d: use a newer 'ledger'", r.meta.Version, keyspace.FormatVersion))
+	}
+	if d.newer && r.unknown > 0 {
+		p.Reduced = append(p.Reduced, fmt.Sprintf("%d entries are of a version or with an op that this program does not know: hash and signature were checked, they were not replayed", r.unknown))
 	}
 	if n := r.keyless(); n > 0 {
-		p.Reduced = append(p.Reduced, fmt.Sprintf("%d chains were opened by an entry of a newer version: with which key is not known, and their signatures were not checked", n))
+		p.Reduced = append(p.Reduced, fmt.Sprintf("%d chains were opened by an entry that this program does not know: with which key is not known, and their signatures were not checked", n))
 	}
-	p.Reduced = append(p.Reduced, d.reduced...)
 	if len(l.folded) > 0 {
 		var cc []string
 		for c, n := range l.folded {
 			cc = append(cc, fmt.Sprintf("%d %s", n, c))
 		}
 		sort.Strings(cc)
-		p.Reduced = append(p.Reduced, "not judged, as it may follow from what is not known: "+strings.Join(cc, ", "))
+		p.Reduced = append(p.Reduced, "not judged, as entries that are not known may explain it: "+strings.Join(cc, ", "))
 	}
 	if p.Findings == nil {
 		p.Findings = []Finding{}

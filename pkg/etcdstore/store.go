@@ -336,6 +336,9 @@ func (s *Store) Read(ctx context.Context, serializable bool, gets []allocator.Ge
 		if g.Limit > 0 {
 			opts = append(opts, clientv3.WithLimit(g.Limit))
 		}
+		if g.Since > 0 {
+			opts = append(opts, clientv3.WithMinModRev(g.Since))
+		}
 		if serializable {
 			opts = append(opts, clientv3.WithSerializable())
 		}
@@ -493,7 +496,7 @@ func reply(r *clientv3.TxnResponse) *allocator.Reply {
 		if rr == nil {
 			continue
 		}
-		g := allocator.Range{More: rr.More}
+		g := allocator.Range{More: rr.More, Count: rr.Count}
 		for _, kv := range rr.Kvs {
 			g.KVs = append(g.KVs, allocator.KV{Key: string(kv.Key), Value: kv.Value, Mod: kv.ModRevision})
 		}

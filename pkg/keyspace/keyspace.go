@@ -32,14 +32,18 @@ import (
 	"strings"
 	"time"
 
+	"go4.org/netipx"
+
 	"github.com/ipam-ledger/ipam-ledger/pkg/audit/entry"
 )
 
 // DefaultPrefix is where everything lives unless configured otherwise.
 const DefaultPrefix = "/ipam-ledger/v1/"
 
-// FormatVersion is the version in Meta that this code reads and writes.
-const FormatVersion = 1
+// FormatVersion is the version in Meta that this code reads and writes. It rises
+// with each change that an older program would misread; a program refuses a
+// ledger of any other version.
+const FormatVersion = 2
 
 // Keys builds the keys below a prefix.
 type Keys struct{ prefix string }
@@ -309,14 +313,14 @@ type Meta struct {
 	Entry       entry.Ref `json:"entry"`                // the meta entry that wrote this
 }
 
-// Validate says what is wrong with a meta that was decoded. That of a newer
+// Validate says what is wrong with a meta that was decoded. That of another
 // version is left to who compares versions.
 func (m *Meta) Validate() error {
 	switch {
-	case m.Version > FormatVersion:
-		return nil
 	case m.Version < 1:
 		return fmt.Errorf("version %d: want 1 or more", m.Version)
+	case m.Version != FormatVersion:
+		return nil
 	case m.Epoch < 1:
 		return errors.New("epoch 0: want 1 or more")
 	case m.State != Running && m.State != Frozen:
@@ -351,33 +355,50 @@ const (
 // Address is who holds an address, or which release freed it. A key that does
 // not exist is an address that was never held.
 type Address struct {
-	State     AddressState  `json:"state"`
-	Pool      string        `json:"pool"`
-	Holder    *AttachmentID `json:"holder,omitempty"`    // leased
-	Acquire   entry.Ref     `json:"acquire,omitzero"`    // leased
-	Release   entry.Ref     `json:"release,omitzero"`    // free
-	HeldUntil *time.Time    `json:"heldUntil,omitempty"` // free: not to be handed out before
+	State    AddressState  `json:"state"`
+	Pool     string        `json:"pool"`
+	Holder   *AttachmentID `json:"holder,omitempty"`   // leased
+	Acquire  entry.Ref     `json:"acquire,omitzero"`   // leased
+	Release  entry.Ref     `json:"release,omitzero"`   // free
+	Since    time.Time     `json:"since,omitzero"`     // free: the release entry's time
+	Cooldown int64         `json:"cooldown,omitempty"` // free: seconds, as the lease had it
+}
+
+// Cooling reports whether a free address waits: whether now is less than its
+// cooldown away from its release, in either direction. So a clock that was wrong
+// at the release, or is wrong now, costs at most the wait and never the address.
+func (a *Address) Cooling(now time.Time) bool {
+	return a.State == Free && Cooling(a.Since, now, a.Cooldown)
+}
+
+// Until is when a free address stops waiting, if its release's clock was right.
+func (a *Address) Until() time.Time { return a.Since.Add(time.Duration(a.Cooldown) * time.Second) }
+
+// Cooling reports whether now is less than cooldown seconds away from since.
+func Cooling(since, now time.Time, cooldown int64) bool {
+	return now.Sub(since).Abs() < time.Duration(cooldown)*time.Second
 }
 
 // Lease is one address of an attachment with what the interface needs of its range.
 type Lease struct {
-	Address netip.Prefix `json:"address"` // the address with the length of its subnet
-	Gateway netip.Addr   `json:"gateway,omitzero"`
+	Address netip.Prefix   `json:"address"` // the address with the length of its subnet
+	Gateway netip.Addr     `json:"gateway,omitzero"`
+	Range   netipx.IPRange `json:"range,omitzero"` // that the address is of, where it is known
 }
 
 // Attachment is the node's view of what an attachment holds.
 type Attachment struct {
-	Space   string    `json:"space"`
-	Pool    string    `json:"pool"`
-	Leases  []Lease   `json:"leases"` // one a range set, in their order
-	Acquire entry.Ref `json:"acquire"`
-	Hold    int64     `json:"holdSeconds,omitempty"` // the pool's rule at the acquire: how long its addresses are held back after the release
-	Pod     string    `json:"pod,omitempty"`         // namespace/name
-	PodUID  string    `json:"podUID,omitempty"`
+	Space    string    `json:"space"`
+	Pool     string    `json:"pool"`
+	Leases   []Lease   `json:"leases"` // one a range set, in their order
+	Acquire  entry.Ref `json:"acquire"`
+	Cooldown int64     `json:"cooldown,omitempty"` // seconds that its addresses wait after the release: the pool's rule at the acquire
+	Pod      string    `json:"pod,omitempty"`      // namespace/name
+	PodUID   string    `json:"podUID,omitempty"`
 }
 
-// MaxHold is how long a released address may be held back at most.
-const MaxHold = 24 * time.Hour
+// MaxCooldown is how long a released address may wait at most.
+const MaxCooldown = entry.MaxCooldown * time.Second
 
 // Validate says what is wrong with a value that was decoded: what no acquire
 // would have written.
@@ -399,6 +420,9 @@ func (a *Attachment) Validate() error {
 		if g := l.Gateway; g.IsValid() && (g.Is4() != ip.Is4() || g.Is4In6() || g.Zone() != "") {
 			return fmt.Errorf("lease %d: gateway %v does not go with address %v", i, g, ip)
 		}
+		if r := l.Range; !r.IsZero() && !r.Contains(ip) {
+			return fmt.Errorf("lease %d: address %v is not in its range %v", i, ip, r)
+		}
 		for _, other := range a.Leases[:i] {
 			if other.Address.Addr() == ip {
 				return fmt.Errorf("lease %d: address %v stands twice", i, ip)
@@ -408,8 +432,8 @@ func (a *Attachment) Validate() error {
 	switch {
 	case a.Acquire.IsZero():
 		return errors.New("it names no acquire")
-	case a.Hold < 0 || a.Hold > int64(MaxHold/time.Second):
-		return fmt.Errorf("holdSeconds %d: want 0 to %d", a.Hold, int64(MaxHold/time.Second))
+	case a.Cooldown < 0 || a.Cooldown > entry.MaxCooldown:
+		return fmt.Errorf("cooldown %d: want 0 to %d seconds", a.Cooldown, entry.MaxCooldown)
 	case len(a.Pod) > entry.MaxPod:
 		return fmt.Errorf("pod has %d bytes: at most %d", len(a.Pod), entry.MaxPod)
 	case len(a.PodUID) > entry.MaxText:
@@ -431,10 +455,14 @@ type Writer struct {
 	Hash    entry.Hash    `json:"hash"`
 	Key     string        `json:"key"`     // C2SP verifier key
 	Machine string        `json:"machine"` // machine ID of the writer's host
+	Boot    string        `json:"boot"`    // boot ID of the process that wrote last
 	Epoch   uint64        `json:"epoch"`
-	Blocks  []string      `json:"blocks,omitempty"`   // hint: SPACE/POOL/PREFIX of its claims, newest first
 	Closed  entry.Ref     `json:"closed,omitzero"`    // the operator's close that lets the writer open another chain
-	Recover entry.Ref     `json:"recovered,omitzero"` // the recover entry of Epoch
+	Removed bool          `json:"removed,omitempty"`  // Closed, once nothing is leased on its chains any more
+	Recover entry.Ref     `json:"recovered,omitzero"` // the chain's recover entry
+	// Disputed is the boot ID of a machine that found another one writing on its
+	// chain. Both are refused until an operator closes the chain.
+	Disputed string `json:"disputed,omitempty"`
 }
 
 // Head is the reference of the chain's last entry.
@@ -455,7 +483,7 @@ type Pool struct {
 	Space          string    `json:"addressSpace,omitempty"`
 	StrictAffinity bool      `json:"strictAffinity,omitempty"`
 	BlockSize      int       `json:"blockSize,omitempty"` // addresses; a power of two
-	Hold           string    `json:"hold,omitempty"`      // duration as in time.ParseDuration
+	Cooldown       string    `json:"cooldown,omitempty"`  // duration as in time.ParseDuration
 }
 
 // Encode writes a value.

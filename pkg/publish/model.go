@@ -310,9 +310,9 @@ func (m *Model) address(space string, ip netip.Addr, v *keyspace.Address, now ti
 	switch {
 	case v.State == keyspace.Leased && v.Holder != nil:
 		at.until = leased
-	case v.State == keyspace.Free && v.HeldUntil != nil:
+	case v.Cooling(now):
 		// To the second, and never too early.
-		at.until = uint32(min(max(0, v.HeldUntil.Add(time.Second-1).Unix()), leased-1))
+		at.until = uint32(min(max(0, v.Until().Add(time.Second-1).Unix()), leased-1))
 		if int64(at.until) <= m.now {
 			at.until = 0 // over
 		} else {

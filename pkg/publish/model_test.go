@@ -41,8 +41,7 @@ func lease(m *Model, at time.Time, pool, address, gateway string) {
 func free(m *Model, at time.Time, pool, address string, held time.Duration) {
 	v := keyspace.Address{State: keyspace.Free, Pool: pool, Release: someRef}
 	if held > 0 {
-		t := at.Add(held)
-		v.HeldUntil = &t
+		v.Since, v.Cooldown = at, int64(held/time.Second)
 	}
 	put(m, at, keys.Address("default", ip(address)), v)
 	m.Delete(keys.Attachment(keyspace.AttachmentID{Node: "n1", Network: pool, Container: "c" + address, Interface: "eth0"}), at)
@@ -267,8 +266,8 @@ func TestHistoryLeavesNoTrace(t *testing.T) {
 				case 0:
 					v = keyspace.Address{State: keyspace.Leased, Pool: pool, Holder: &keyspace.AttachmentID{Node: "n"}, Acquire: someRef}
 				case 1:
-					until := now.Add(time.Duration(rapid.IntRange(-5, 60).Draw(t, "held")) * time.Second)
-					v = keyspace.Address{State: keyspace.Free, Pool: pool, Release: someRef, HeldUntil: &until}
+					since := now.Add(-time.Duration(rapid.IntRange(0, 65).Draw(t, "ago")) * time.Second)
+					v = keyspace.Address{State: keyspace.Free, Pool: pool, Release: someRef, Since: since, Cooldown: 60}
 				case 2:
 					v = keyspace.Address{State: keyspace.Free, Pool: pool, Release: someRef}
 				}

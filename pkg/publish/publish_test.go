@@ -304,7 +304,7 @@ func (c *cluster) recount(now time.Time) map[string][3]uint64 {
 		switch {
 		case a.State == keyspace.Leased:
 			n[0]++
-		case a.HeldUntil != nil && a.HeldUntil.After(now):
+		case a.Cooling(now):
 			n[1]++
 		}
 		out[a.Pool] = n
@@ -438,7 +438,7 @@ func TestHonestOperators(t *testing.T) {
 	w := c.watch()
 	w.until("verified", verified1)
 	c.admin(func(w *allocator.Writer) error {
-		_, err := w.Replace(t.Context(), node("n1"), "new machine")
+		_, err := w.Replace(t.Context(), allocator.Replacement{Writer: node("n1")}, "new machine")
 		return err
 	})
 	c.recover("n1") // it holds addresses: a new chain takes them over
@@ -449,7 +449,9 @@ func TestHonestOperators(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.admin(func(w *allocator.Writer) error { return w.Unclaim(t.Context(), k.Block, "unused") })
+	c.admin(func(w *allocator.Writer) error {
+		return w.Unclaim(t.Context(), allocator.Claim{Block: k.Block}, "unused")
+	})
 	s := w.at(c)
 	if !verified1(s) || s.Pools[0].Leased != 3 {
 		t.Errorf("%+v", s)
@@ -463,7 +465,7 @@ func TestHonestOperators(t *testing.T) {
 	c.etcd.Restore(t, file, true)
 	w.until("ROLLBACK", func(s *state.State) bool { return s.Etcd.OK && s.Verify.Code == string(audit.Rollback) })
 	c.admin(func(w *allocator.Writer) error {
-		if _, err := w.RecoverStart(t.Context(), 0, "restored"); err != nil {
+		if _, _, err := w.RecoverStart(t.Context(), 0, "restored"); err != nil {
 			return err
 		}
 		return nil

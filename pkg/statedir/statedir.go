@@ -7,8 +7,10 @@
 //	mark.synced    the first mark of each boot and chain, fsynced
 //	open           hash of a commit that was sent and whose outcome is not known yet, or "-"
 //	queue/         releases that could not be committed, one file each, fsynced
+//	spoilt/        releases of the queue that what stands in etcd does not let be done
 //	holdings/      what each attachment was told it has, one file each
 //	blocks         which blocks to look at first
+//	pools/         what was known of a pool when it was nearly full, one file each
 //	suspects       leases that were not on a list, see package leak
 //	contact, asked time stamps, as boot ID and time since boot: last contact with
 //	               etcd, last question of STATUS
@@ -25,7 +27,8 @@
 // first, and the chain leads from the old mark to the head.
 //
 // All methods expect the lock to be held, but Lock itself, Touch, Stamp, Since, and
-// Enqueue and Unhold, which a release needs also where the lock cannot be had.
+// Enqueue, which a release needs also where the lock cannot be had. So a queued
+// release stands over the holding: that is not read while its release waits.
 package statedir
 
 import (
@@ -36,6 +39,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net/netip"
 	"os"
@@ -68,7 +72,7 @@ type Dir struct{ path string }
 // done or where the directory cannot be written.
 func Open(path string) (*Dir, error) {
 	d := &Dir{path}
-	for _, p := range []string{path, d.file("queue"), d.file("holdings")} {
+	for _, p := range []string{path, d.file("queue"), d.file("spoilt"), d.file("holdings"), d.file("pools")} {
 		if err := os.MkdirAll(p, 0o700); err != nil {
 			return nil, fmt.Errorf("state directory: %w", err)
 		}
@@ -129,10 +133,19 @@ type Mark struct {
 	Seq         uint64        `json:"seq"` // 0: the chain's open may not have been committed
 	Hash        entry.Hash    `json:"hash"`
 	Revision    int64         `json:"revision"` // the highest seen
-	Boot        string        `json:"boot"`     // boot ID at the last commit
+	// Boot is the boot in which it was last found out what became of all that was
+	// sent: nothing of an earlier boot can land any more.
+	Boot string `json:"boot"`
+	// Boots are those in which this directory may have written the head. It has
+	// them durably before the first commit of each, so that a head of another boot
+	// is another machine's.
+	Boots []string `json:"boots"`
 	// Recovering says that the epoch was entered by a recovery; until the chain
 	// has its recover entry, what the node holds may be another's.
 	Recovering bool `json:"recovering,omitempty"`
+	// Proposed is the epoch of the chain before, where Epoch is one that a 'recover
+	// start' was about to begin: nobody has seen that in etcd yet.
+	Proposed uint64 `json:"proposed,omitempty"`
 	// Previous is the mark of the chain that this one will continue, while Seq is 0.
 	Previous entry.Ref `json:"previous,omitzero"`
 }
@@ -143,6 +156,23 @@ func (m *Mark) Ref() entry.Ref {
 		return entry.Ref{}
 	}
 	return entry.Ref{Chain: m.Chain, Seq: m.Seq, Hash: m.Hash}
+}
+
+// At is the mark moved to another entry of its chain.
+func (m *Mark) At(seq uint64, hash entry.Hash) Mark {
+	out := *m
+	out.Seq, out.Hash, out.Previous, out.Proposed = seq, hash, entry.Ref{}, 0
+	return out
+}
+
+// Before is the mark of before a proposed epoch.
+func (m *Mark) Before() Mark {
+	out := m.At(m.Previous.Seq, m.Previous.Hash)
+	out.Epoch = m.Proposed
+	if m.Previous.Seq > 0 { // else it had no chain yet: the new one will do
+		out.Chain = m.Previous.Chain
+	}
+	return out
 }
 
 // LoadMark reads the mark: nil if there is none, ErrTorn if there is none that
@@ -321,7 +351,19 @@ func (d *Dir) Enqueue(q Queued) error {
 }
 
 // Dequeue removes a release that has been settled.
-func (d *Dir) Dequeue(a keyspace.AttachmentID) error { return d.remove("queue", a) }
+func (d *Dir) Dequeue(a keyspace.AttachmentID) error {
+	return errors.Join(d.remove("queue", a), d.remove("spoilt", a))
+}
+
+// SetAside moves a queued release to where only Spoilt finds it: what stands in
+// etcd does not let it be done, and it must not keep others waiting.
+func (d *Dir) SetAside(a keyspace.AttachmentID) error {
+	err := os.Rename(d.file(filepath.Join("queue", nameOf(a))), d.file(filepath.Join("spoilt", nameOf(a))))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("state directory: %w", err)
+	}
+	return nil
+}
 
 func (d *Dir) remove(sub string, a keyspace.AttachmentID) error {
 	_ = os.Remove(d.file(filepath.Join(sub, nameOf(a))) + ".new") // of a process that was killed
@@ -331,17 +373,36 @@ func (d *Dir) remove(sub string, a keyspace.AttachmentID) error {
 	return nil
 }
 
-// Queue lists the releases that wait, oldest first.
+// Queue lists the releases that wait, those set aside included, oldest first.
 func (d *Dir) Queue() ([]Queued, error) {
-	q, err := readAll(d, "queue", func(q *Queued) (keyspace.AttachmentID, error) { return q.Attachment, nil })
+	q, err := readAll(d, "queue", 0, (*Queued).id, nil)
+	set, serr := readAll(d, "spoilt", 0, (*Queued).id, nil)
+	q = append(q, set...)
 	slices.SortFunc(q, func(a, b Queued) int { return a.Time.Compare(b.Time) })
-	return q, err
+	return q, errors.Join(err, serr)
 }
+
+// Some lists at most n of the releases that wait and were not set aside. It costs
+// the same however many there are. A file that cannot be read is set aside.
+func (d *Dir) Some(n int) ([]Queued, error) {
+	return readAll(d, "queue", n, (*Queued).id, func(name string) {
+		_ = os.Rename(d.file(filepath.Join("queue", name)), d.file(filepath.Join("spoilt", name)))
+	})
+}
+
+// Spoilt lists the releases that were set aside.
+func (d *Dir) Spoilt() ([]Queued, error) { return readAll(d, "spoilt", 0, (*Queued).id, nil) }
+
+func (q *Queued) id() (keyspace.AttachmentID, error) { return q.Attachment, nil }
 
 // IsQueued reports whether a release of a waits.
 func (d *Dir) IsQueued(a keyspace.AttachmentID) bool {
-	_, err := os.Lstat(d.file(filepath.Join("queue", nameOf(a))))
-	return err == nil
+	for _, sub := range []string{"queue", "spoilt"} {
+		if _, err := os.Lstat(d.file(filepath.Join(sub, nameOf(a)))); err == nil {
+			return true
+		}
+	}
+	return false
 }
 
 // Holding is what an attachment was told it has.
@@ -350,45 +411,93 @@ type Holding struct {
 	Value keyspace.Attachment   `json:"value"`
 }
 
-// Hold notes a holding.
-func (d *Dir) Hold(h Holding) error {
-	return d.replace(filepath.Join("holdings", nameOf(h.ID)), keyspace.Encode(h))
+// Prepare writes a holding where nothing reads it yet. Hold puts it in place. So a
+// full disk is found before a commit, and not after it.
+func (d *Dir) Prepare(h Holding) error {
+	name := d.file(filepath.Join("holdings", nameOf(h.ID))) + ".new"
+	if err := os.WriteFile(name, keyspace.Encode(h), 0o600); err != nil {
+		return fmt.Errorf("state directory: %w", err)
+	}
+	return nil
+}
+
+// Prepared reads a holding that was prepared and not put in place; nil if there is
+// none that can be read.
+func (d *Dir) Prepared(a keyspace.AttachmentID) *Holding {
+	return d.readHolding(a, ".new")
+}
+
+// Hold puts a prepared holding in place.
+func (d *Dir) Hold(a keyspace.AttachmentID) error {
+	name := d.file(filepath.Join("holdings", nameOf(a)))
+	if err := os.Rename(name+".new", name); err != nil {
+		return fmt.Errorf("state directory: %w", err)
+	}
+	return nil
 }
 
 // Unhold forgets a holding.
 func (d *Dir) Unhold(a keyspace.AttachmentID) error { return d.remove("holdings", a) }
 
-// Holding reads one holding; nil if there is none that can be read.
+// Holding reads one holding; nil if there is none that can be read, or if its
+// release waits.
 func (d *Dir) Holding(a keyspace.AttachmentID) *Holding {
+	if d.IsQueued(a) {
+		return nil
+	}
+	return d.readHolding(a, "")
+}
+
+func (d *Dir) readHolding(a keyspace.AttachmentID, suffix string) *Holding {
 	h := new(Holding)
-	b, err := os.ReadFile(d.file(filepath.Join("holdings", nameOf(a))))
+	b, err := os.ReadFile(d.file(filepath.Join("holdings", nameOf(a))) + suffix)
 	if err != nil || keyspace.Decode(b, h) != nil || h.ID != a || h.Value.Validate() != nil {
 		return nil
 	}
 	return h
 }
 
-// Holdings lists all holdings. Files that a power loss tore are an error that
-// names them: the recover drill must not take them for nothing.
+// Holdings lists all holdings but those whose release waits. Files that a power
+// loss tore are an error that names them: the recover drill must not take them
+// for nothing.
 func (d *Dir) Holdings() ([]Holding, error) {
-	h, err := readAll(d, "holdings", func(h *Holding) (keyspace.AttachmentID, error) { return h.ID, h.Value.Validate() })
+	h, err := readAll(d, "holdings", 0, func(h *Holding) (keyspace.AttachmentID, error) { return h.ID, h.Value.Validate() }, nil)
+	h = slices.DeleteFunc(h, func(h Holding) bool { return d.IsQueued(h.ID) })
 	slices.SortFunc(h, func(a, b Holding) int { return strings.Compare(a.ID.String(), b.ID.String()) })
 	return h, err
 }
 
-// readAll returns what can be read and joins the errors of what cannot. A file
-// that is not named after its attachment would not be found to be removed.
-func readAll[T any](d *Dir, sub string, check func(*T) (keyspace.AttachmentID, error)) ([]T, error) {
-	names, err := os.ReadDir(d.file(sub))
+// readAll returns what can be read of a folder, or of the first n files in it, and
+// joins the errors of what cannot, which is passed to spoilt. A file that is not
+// named after its attachment would not be found to be removed.
+func readAll[T any](d *Dir, sub string, n int, check func(*T) (keyspace.AttachmentID, error), spoilt func(name string)) ([]T, error) {
+	f, err := os.Open(d.file(sub))
 	if err != nil {
 		return nil, fmt.Errorf("state directory: %w", err)
+	}
+	defer f.Close()
+	var names []os.DirEntry
+	for {
+		some, err := f.ReadDir(max(n, 0)) // 0: all
+		for _, x := range some {
+			// Others are temporary files of processes that were killed.
+			if strings.HasSuffix(x.Name(), ".json") {
+				names = append(names, x)
+			}
+		}
+		if err != nil && err != io.EOF {
+			return nil, fmt.Errorf("state directory: %w", err)
+		}
+		if n <= 0 || len(names) >= n || err == io.EOF {
+			break
+		}
+	}
+	if n > 0 {
+		names = names[:min(n, len(names))]
 	}
 	var out []T
 	var errs []error
 	for _, n := range names {
-		if !strings.HasSuffix(n.Name(), ".json") {
-			continue // a temporary file of a killed process
-		}
 		b, err := os.ReadFile(d.file(filepath.Join(sub, n.Name())))
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
@@ -405,6 +514,9 @@ func readAll[T any](d *Dir, sub string, check func(*T) (keyspace.AttachmentID, e
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("state directory: %s: %w", d.file(filepath.Join(sub, n.Name())), err))
+			if spoilt != nil {
+				spoilt(n.Name())
+			}
 			continue
 		}
 		out = append(out, v)
@@ -433,6 +545,33 @@ func (d *Dir) SaveBlocks(space, pool string, blocks []netip.Prefix) error {
 	}
 	m[space+"/"+pool] = blocks
 	return d.replace("blocks", keyspace.Encode(m))
+}
+
+// Pool returns what SavePool kept of a pool, nil if nothing.
+func (d *Dir) Pool(space, pool string) []byte {
+	b, err := os.ReadFile(d.file(poolFile(space, pool)))
+	if err != nil {
+		return nil
+	}
+	return b
+}
+
+func poolFile(space, pool string) string {
+	sum := sha256.Sum256([]byte(space + "/" + pool)) // the names may be too long for a file's
+	return filepath.Join("pools", hex.EncodeToString(sum[:16]))
+}
+
+// SavePool keeps what is known of a pool, in the caller's own form; nil forgets it.
+// What a power loss makes of it the caller must find out.
+func (d *Dir) SavePool(space, pool string, b []byte) error {
+	name := poolFile(space, pool)
+	if b != nil {
+		return d.replace(name, b)
+	}
+	if err := os.Remove(d.file(name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("state directory: %w", err)
+	}
+	return nil
 }
 
 // Suspects returns what SaveSuspects kept. What cannot be read is nothing: those
@@ -520,9 +659,16 @@ func Now() (leak.Moment, error) {
 // none: then clones cannot be told apart.
 func MachineID() string {
 	for _, p := range []string{"/etc/machine-id", "/var/lib/dbus/machine-id"} {
-		if b, err := os.ReadFile(p); err == nil && len(strings.TrimSpace(string(b))) > 0 {
-			return strings.TrimSpace(string(b))
+		b, err := os.ReadFile(p)
+		id := strings.TrimSpace(string(b))
+		if err != nil || id == "" {
+			continue
 		}
+		if entry.ValidateName("machine", id) != nil { // it stands in entries
+			sum := sha256.Sum256([]byte(id))
+			id = hex.EncodeToString(sum[:16])
+		}
+		return id
 	}
 	return "none"
 }

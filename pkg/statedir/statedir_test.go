@@ -151,7 +151,11 @@ func TestQueueAndHoldings(t *testing.T) {
 	}
 
 	h := Holding{ID: a, Value: keyspace.Attachment{Space: "default", Pool: "p", Acquire: entry.Ref{Seq: 3}, Leases: []keyspace.Lease{{Address: netip.MustParsePrefix("10.0.0.2/24")}}}}
-	must(t, d.Hold(h))
+	must(t, d.Prepare(h))
+	if d.Holding(a) != nil {
+		t.Fatal("a holding that was only prepared is held")
+	}
+	must(t, d.Hold(h.ID))
 	if got := d.Holding(a); got == nil || got.Value.Leases[0] != h.Value.Leases[0] {
 		t.Fatalf("holding is %+v", got)
 	}
@@ -253,5 +257,62 @@ func TestSuspects(t *testing.T) {
 		if got := d.Suspects(); len(got) > 0 {
 			t.Errorf("%q is %+v", spoilt, got)
 		}
+	}
+}
+
+// TestQueueOverHolding: while a release waits, what it is about is not held, also
+// where who queued it could not have the lock to forget it.
+func TestQueueOverHolding(t *testing.T) {
+	d := open(t)
+	a := keyspace.AttachmentID{Node: "a", Network: "n", Container: "1", Interface: "eth0"}
+	h := Holding{ID: a, Value: keyspace.Attachment{Space: "default", Pool: "p", Acquire: entry.Ref{Seq: 3}, Leases: []keyspace.Lease{{Address: netip.MustParsePrefix("10.0.0.2/24")}}}}
+	must(t, d.Prepare(h))
+	if p := d.Prepared(a); p == nil || p.Value.Acquire != h.Value.Acquire || d.Holding(a) != nil {
+		t.Fatalf("prepared: %+v, held: %+v", p, d.Holding(a))
+	}
+	must(t, d.Hold(a))
+	if d.Prepared(a) != nil || d.Holding(a) == nil {
+		t.Fatal("what was prepared is not held")
+	}
+	must(t, d.Enqueue(Queued{Attachment: a}))
+	for _, aside := range []bool{false, true} {
+		if aside {
+			must(t, d.SetAside(a))
+		}
+		if all, err := d.Holdings(); err != nil || len(all) != 0 || d.Holding(a) != nil || !d.IsQueued(a) {
+			t.Fatalf("set aside %v: %+v is held though its release waits (%v)", aside, all, err)
+		}
+	}
+	must(t, d.Dequeue(a))
+	if d.IsQueued(a) || d.Holding(a) == nil {
+		t.Fatal("a settled release still stands over the holding")
+	}
+}
+
+// TestSome: what is spoilt in the queue keeps nobody waiting, and is not lost.
+func TestSome(t *testing.T) {
+	d := open(t)
+	for i := range 20 {
+		must(t, d.Enqueue(Queued{Attachment: keyspace.AttachmentID{Node: "a", Network: "n", Container: string(rune('a' + i)), Interface: "eth0"}}))
+	}
+	for i := range 20 {
+		must(t, os.WriteFile(d.file(filepath.Join("queue", "0"+string(rune('a'+i))+".json")), []byte("{"), 0o600))
+	}
+	seen := map[keyspace.AttachmentID]bool{}
+	for range 20 {
+		some, _ := d.Some(4)
+		if len(some) > 4 {
+			t.Fatalf("%d of at most 4", len(some))
+		}
+		for _, q := range some {
+			seen[q.Attachment] = true
+			must(t, d.SetAside(q.Attachment))
+		}
+	}
+	if some, err := d.Some(4); len(some) > 0 || err != nil || len(seen) != 20 {
+		t.Fatalf("%d of 20 were seen, %d are left (%v)", len(seen), len(some), err)
+	}
+	if q, err := d.Queue(); len(q) != 20 || err == nil {
+		t.Fatalf("%d of 20 releases are left, and of those that cannot be read it says %v", len(q), err)
 	}
 }

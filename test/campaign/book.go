@@ -70,6 +70,13 @@ func (b *book) add(m *machine, container, name, uid string) *pod {
 func (b *book) tell(p *pod, r *reply) (other *pod, ip netip.Addr) {
 	b.Lock()
 	defer b.Unlock()
+	p.told = append(p.told, sighting{r.began, r.ended, r.ips})
+	if p.m.ends {
+		if p.phase = ending; p.end < 0 {
+			p.end = r.began
+		}
+		return nil, ip
+	}
 	for _, a := range r.ips {
 		if o := b.told[a]; o != nil && o != p && other == nil {
 			other, ip = o, a
@@ -77,8 +84,17 @@ func (b *book) tell(p *pod, r *reply) (other *pod, ip netip.Addr) {
 		b.told[a] = p
 	}
 	p.ips, p.last, p.phase = r.ips, r.ips, live
-	p.told = append(p.told, sighting{r.began, r.ended, r.ips})
 	return other, ip
+}
+
+// kept is after an ADD that was repeated: nothing was released, unless somebody
+// ends it all.
+func (b *book) kept(p *pod, end time.Duration) {
+	b.Lock()
+	defer b.Unlock()
+	if p.phase == live {
+		p.end = end
+	}
 }
 
 // doubt is before anything is done after which a pod may have lost its addresses.

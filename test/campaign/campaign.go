@@ -54,6 +54,7 @@ const (
 	codeUnreachable  = 50
 	codeExhausted    = 100
 	codeNotAvailable = 101
+	codeMismatch     = 103
 	codeIntegrity    = 104
 )
 
@@ -71,12 +72,16 @@ type campaign struct {
 	end       context.CancelCauseFunc // after a finding
 
 	book    *book
-	slots   chan struct{} // how many programs run at a time
-	gate    sync.RWMutex  // runtimes hold it for reading around each call
-	calm    sync.RWMutex  // faults hold it for reading
-	admin   sync.Mutex    // one operator at a time
-	storm   atomic.Int64  // kill storms that rage
-	typical atomic.Int64  // how long a call takes
+	slots   chan struct{}                         // how many programs run at a time
+	gate    sync.RWMutex                          // runtimes hold it for reading around each call
+	calm    sync.RWMutex                          // faults hold it for reading
+	admin   sync.Mutex                            // one operator at a time
+	whole   sync.Mutex                            // nobody has damaged a key that a backup would have
+	quota   []string                              // an argument of members, which they get when they start
+	early   []*pod                                // that an operator ended before the next drill
+	full    struct{ answered, done atomic.Int64 } // writes that were answered NOSPACE
+	storm   atomic.Int64                          // kill storms that rage
+	typical atomic.Int64                          // how long a call takes
 
 	excuses excuses
 	frozen  struct { // since when nobody may allocate; -1: everybody may
@@ -192,8 +197,9 @@ func (c *campaign) prepare(ctx context.Context) (err error) {
 		return err
 	}
 	// etcd's own ticks.
+	c.quota = []string{"--quota-backend-bytes=0"}
 	c.cluster, err = etcdcluster.Start(ctx, etcdcluster.Options{
-		Dir: filepath.Join(c.dir, "etcd"), ClientLinks: true, Heartbeat: 100 * time.Millisecond, Election: time.Second,
+		Args: c.quota, Dir: filepath.Join(c.dir, "etcd"), ClientLinks: true, Heartbeat: 100 * time.Millisecond, Election: time.Second,
 	})
 	if err != nil {
 		return err
@@ -303,6 +309,11 @@ func (c *campaign) rage(ctx context.Context) error {
 		if drill {
 			before := time.Duration(own.Float64() * 0.8 * float64(load))
 			sleep(ctx, before)
+			if ctx.Err() == nil && own.IntN(2) == 0 {
+				c.calm.RLock()
+				c.fault(ctx, "release by an operator before a drill", func() error { return c.releaseEarly(ctx, own) })
+				c.calm.RUnlock()
+			}
 			if ctx.Err() == nil {
 				snapshot = filepath.Join(c.dir, fmt.Sprintf("snapshot-%d", round))
 				if err := c.snapshot(ctx, snapshot); err != nil {

@@ -84,6 +84,52 @@ func TestShort(t *testing.T) {
 	isEmpty(t, o.dir)
 }
 
+// TestMistakes: each thing that operators do wrong, or that damages a key, once,
+// under load, and both that only a drill has.
+func TestMistakes(t *testing.T) {
+	var want []kind
+	for _, h := range hands {
+		for _, k := range h.kinds {
+			if h.name == "mistake" || strings.Contains(k.name, "living") || strings.HasPrefix(k.name, "head ") || strings.HasPrefix(k.name, "NOSPACE") {
+				want = append(want, k)
+			}
+		}
+	}
+	o := options{duration: time.Second, round: time.Minute, seed: *seed, nodes: 3, pause: time.Minute, only: []string{"none"}, dir: t.TempDir(), programs: programs, log: t.Output()}
+	if o.seed == 0 {
+		o.seed = rand.Uint64()
+	}
+	t.Logf("repeat with -seed %d", o.seed)
+	o.onLoad = func(c *campaign) {
+		c.calm.RLock()
+		defer c.calm.RUnlock()
+		for _, k := range want {
+			if len(c.findings) == 0 {
+				c.fault(t.Context(), k.name, func() error { return k.do(c, t.Context(), c.random(k.name)) })
+			}
+		}
+	}
+	r, err := run(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(r.findings) > 0 {
+		journal, _ := os.ReadFile(r.kept + "/journal")
+		t.Fatalf("%d findings; the journal ends:\n%s", len(r.findings), journal[max(0, len(journal)-8192):])
+	}
+	var b strings.Builder
+	r.write(&b)
+	for _, k := range want {
+		if len(r.c.faults.all[k.name]) != 1 || !strings.Contains(b.String(), k.name) {
+			t.Errorf("%s: %d times, or not in the report", k.name, len(r.c.faults.all[k.name]))
+		}
+	}
+	if len(want) < 10 || r.c.full.answered.Load() == 0 || r.c.window.checked == 0 {
+		t.Errorf("%d kinds, %d writes answered NOSPACE, %d windows checked", len(want), r.c.full.answered.Load(), r.c.window.checked)
+	}
+	isEmpty(t, o.dir)
+}
+
 // TestInterrupted: what was started is gone when a campaign is interrupted.
 func TestInterrupted(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())

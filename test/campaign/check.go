@@ -43,6 +43,10 @@ func (c *campaign) quiesce(ctx context.Context, round int, snapshot string, own 
 		if err == nil {
 			c.gate.Unlock()
 			c.fault(ctx, "restore of the cluster, and the drill", func() error { return c.restore(ctx, snapshot, own) })
+			for _, p := range c.early {
+				p.m.rest(p)
+			}
+			c.early = nil
 			c.gate.Lock()
 		}
 	}
@@ -273,8 +277,10 @@ func (c *campaign) isSettled(m *machine) {
 	if open, err := d.Pending(); err != nil || open {
 		c.finding("%s: a commit is open (%v)", m.name, err)
 	}
-	if q, err := d.Queue(); err != nil || len(q) > 0 {
-		c.finding("%s: %d releases wait (%v)", m.name, len(q), err)
+	q, err := d.Queue()
+	aside, serr := d.Spoilt()
+	if err := errors.Join(err, serr); err != nil || len(q)+len(aside) > 0 {
+		c.finding("%s: %d releases wait, %d are set aside (%v)", m.name, len(q), len(aside), err)
 	}
 	held, _ := d.Holdings() // a power loss may have torn those of pods that are gone
 	have := map[string]bool{}

@@ -14,6 +14,8 @@ import (
 
 // snapshot saves the state of a member, while the load goes on.
 func (c *campaign) snapshot(ctx context.Context, file string) error {
+	c.whole.Lock()
+	defer c.whole.Unlock()
 	var err error
 	for i := range 100 {
 		one, cancel := context.WithTimeout(ctx, 20*time.Second)
@@ -31,6 +33,9 @@ func (c *campaign) snapshot(ctx context.Context, file string) error {
 // allocates, and does what docs/restore.md says. The load goes on until the
 // drill begins.
 func (c *campaign) restore(ctx context.Context, snapshot string, own *rand.Rand) error {
+	if own.IntN(2) == 0 { // the backup does not know of it
+		c.fault(ctx, "release by an operator before a drill", func() error { return c.releaseEarly(ctx, own) })
+	}
 	overEtcd := c.excuse("etcd is restored", nil, codeTryAgain, codeUnreachable)
 	over := c.excuseVerbs("restored", nil, []string{"ADD", "GC", "CHECK"}, codeIntegrity)
 	defer over()
@@ -69,7 +74,7 @@ func (c *campaign) restore(ctx context.Context, snapshot string, own *rand.Rand)
 	if _, err := c.must(ctx, nil, "", refused, "freeze", "--reason", "a drill"); err != nil {
 		return err
 	}
-	if err := c.recoverStart(ctx, nil); err != nil {
+	if err := c.recoverStart(ctx, nil, own); err != nil {
 		return err
 	}
 	if err := c.recoverNodes(ctx, away, own); err != nil {
@@ -117,7 +122,7 @@ var laterEpoch = regexp.MustCompile(`recover start --epoch (\d+)`)
 
 // recoverStart begins the recovery; after is what a node said that has seen a
 // later epoch.
-func (c *campaign) recoverStart(ctx context.Context, after *reply) error {
+func (c *campaign) recoverStart(ctx context.Context, after *reply, own *rand.Rand) error {
 	args := []string{"recover", "start", "--reason", "restored a backup"}
 	if after != nil {
 		if m := laterEpoch.FindStringSubmatch(after.stderr); m != nil {
@@ -125,13 +130,39 @@ func (c *campaign) recoverStart(ctx context.Context, after *reply) error {
 		}
 	}
 	_, err := c.must(ctx, nil, "", nil, args...)
+	if err == nil && own.IntN(2) == 0 {
+		c.startTwice(ctx)
+	}
 	return err
+}
+
+// startTwice begins a recovery that has begun.
+func (c *campaign) startTwice(ctx context.Context) {
+	c.fault(ctx, "recover start twice in a drill", func() error {
+		r, err := c.must(ctx, nil, "", nil, "recover", "start", "--reason", "once more")
+		if err == nil && !strings.Contains(r.stdout, "under way already") {
+			return fmt.Errorf("it was begun anew: %s", r.text())
+		}
+		return err
+	})
+}
+
+// nodeTwice runs 'recover node' on a node that has recovered in this drill, with a
+// list that has none of its pods.
+func (c *campaign) nodeTwice(ctx context.Context, m *machine) {
+	c.fault(ctx, "recover node twice in a drill", func() error {
+		r, err := c.must(ctx, m, "another\n", nil, "recover", "node", "--containers", "-", "--grace", "0s")
+		if err == nil && !strings.Contains(r.stdout, "recovered already") {
+			return fmt.Errorf("it recovered once more: %s", r.text())
+		}
+		return err
+	})
 }
 
 // recoverNodes runs 'recover node' everywhere until no conflict is left. Some
 // nodes are given their runtime's list.
 func (c *campaign) recoverNodes(ctx context.Context, away *machine, own *rand.Rand) error {
-	done := map[*machine]bool{}
+	done, sure := map[*machine]bool{}, map[*machine]bool{}
 	var mu sync.Mutex
 	for round := 0; ctx.Err() == nil; round++ {
 		var conflicts []string
@@ -139,7 +170,8 @@ func (c *campaign) recoverNodes(ctx context.Context, away *machine, own *rand.Ra
 		err := c.every(func(m *machine) error {
 			mu.Lock()
 			skip := m == away || done[m]
-			byList := own.IntN(2) == 0
+			byList := sure[m] || own.IntN(2) == 0
+			proves, twice := sure[m] || own.IntN(2) == 0, own.IntN(4) == 0
 			mu.Unlock()
 			if skip {
 				return nil
@@ -147,12 +179,18 @@ func (c *campaign) recoverNodes(ctx context.Context, away *machine, own *rand.Ra
 			args := []string{"recover", "node"}
 			if byList {
 				args = append(args, "--containers", "-")
+				if proves {
+					args = append(args, "--grace", "0s")
+				}
 			}
 			r, err := c.must(ctx, m, m.sandboxes(), func(r *reply) bool {
 				return r.exit == 1 || strings.Contains(r.stderr, "move the named files away")
 			}, args...)
 			if err != nil || ctx.Err() != nil {
 				return err
+			}
+			if r.exit == 0 && twice {
+				c.nodeTwice(ctx, m)
 			}
 			mu.Lock()
 			defer mu.Unlock()
@@ -179,10 +217,12 @@ func (c *campaign) recoverNodes(ctx context.Context, away *machine, own *rand.Ra
 			return err
 		}
 		if again != nil {
-			if err := c.recoverStart(ctx, again); err != nil {
+			if err := c.recoverStart(ctx, again, own); err != nil {
 				return err
 			}
 			clear(done)
+		} else if round == 0 && own.IntN(3) == 0 {
+			c.startTwice(ctx)
 		}
 		want := len(c.machines)
 		if away != nil {
@@ -192,9 +232,10 @@ func (c *campaign) recoverNodes(ctx context.Context, away *machine, own *rand.Ra
 			return nil
 		}
 		if round >= 2 && len(conflicts) > 0 {
-			// What is left is held, by the backup, by a node that is not here.
+			// What is left is held, by the backup, by a node that is not here, or by a
+			// pod that is gone.
 			for _, text := range conflicts {
-				if err := c.settleConflicts(ctx, text, away); err != nil {
+				if err := c.settleConflicts(ctx, text, away, done, sure, own); err != nil {
 					return err
 				}
 			}
@@ -206,26 +247,53 @@ func (c *campaign) recoverNodes(ctx context.Context, away *machine, own *rand.Ra
 	return nil
 }
 
-var conflictLine = regexp.MustCompile(`conflict: (\S+) is held by ([^/\s]+)(/\S+),`)
+var conflictLine = regexp.MustCompile(`conflict: (\S+) is held by ([^/\s]+)(/\S+), and ([^/\s]+)(/\S+) says`)
 
-// settleConflicts ends the leases of the node that is not here, as docs/restore.md
-// says.
-func (c *campaign) settleConflicts(ctx context.Context, text string, away *machine) error {
+// settleConflicts does what docs/restore.md says. The leases of a node that is not
+// here are ended. Of two nodes that are here one has a pod that is gone: its
+// runtime deletes it, or has forgotten it, which its list proves. Who is to recover
+// once more is not done; who is sure does so by lists.
+func (c *campaign) settleConflicts(ctx context.Context, text string, away *machine, done, sure map[*machine]bool, own *rand.Rand) error {
 	found := conflictLine.FindAllStringSubmatch(text, -1)
 	if len(found) == 0 {
 		return fmt.Errorf("a conflict that names nobody: %s", text)
+	}
+	// what a pod is now, by an attachment without its node.
+	what := func(path string) (*pod, phase) {
+		c.book.Lock()
+		defer c.book.Unlock()
+		part := strings.Split(path, "/")
+		if p := c.book.pods[part[min(2, len(part)-1)]]; p != nil {
+			return p, p.phase
+		}
+		return nil, forgotten
 	}
 	for _, m := range found {
 		if _, err := netip.ParseAddr(m[1]); err != nil {
 			return fmt.Errorf("%w: %s", err, text)
 		}
-		if away == nil || m[2] != away.name {
-			c.finding("a conflict between nodes that are here: %s", text)
+		holder, is := what(m[3])
+		claimant, says := what(m[5])
+		switch {
+		case away != nil && m[2] == away.name, is == forgotten:
+			if _, err := c.must(ctx, nil, "", func(r *reply) bool { return strings.Contains(r.stderr, "holds nothing") },
+				"release", "--attachment", m[2]+m[3], "--yes", "--reason", "its pod is gone"); err != nil {
+				return err
+			}
+		case is != live:
+			holder.m.del(holder, own, kill{})
+			delete(done, holder.m)
+		case says == live:
+			c.finding("a conflict between pods that run: %s", text)
 			return nil
-		}
-		if _, err := c.must(ctx, nil, "", func(r *reply) bool { return strings.Contains(r.stderr, "holds nothing") },
-			"release", "--attachment", m[2]+m[3], "--yes", "--reason", m[2]+" is dead"); err != nil {
-			return err
+		case says != forgotten:
+			claimant.m.del(claimant, own, kill{})
+		default:
+			for _, x := range c.machines {
+				if x.name == m[4] {
+					sure[x] = true
+				}
+			}
 		}
 	}
 	return nil

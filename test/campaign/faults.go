@@ -38,6 +38,7 @@ var hands = []hand{
 		{"member paused", 4, (*campaign).pauseMember},
 		{"minority cut off", 4, (*campaign).cutMember},
 		{"all of etcd down", 2, (*campaign).allDown},
+		{"NOSPACE by a full backend", 2, (*campaign).fillUp},
 	}},
 	{"link", []kind{
 		{"clients cut off from a member", 3, (*campaign).cutClients},
@@ -55,14 +56,24 @@ var hands = []hand{
 	}},
 	{"operator", []kind{
 		{"compaction", 4, (*campaign).compact},
-		{"NOSPACE", 3, (*campaign).noSpace},
+		{"NOSPACE by its alarm", 3, (*campaign).noSpace},
 		{"freeze and thaw", 3, (*campaign).freezeThaw},
 		{"release by an operator", 4, (*campaign).operatorRelease},
 		{"unclaim", 3, (*campaign).unclaim},
 		{"dead node drained", 2, func(c *campaign, ctx context.Context, own *rand.Rand) error { return c.farewell(ctx, own, "drain") }},
 		{"dead node removed", 2, func(c *campaign, ctx context.Context, own *rand.Rand) error { return c.farewell(ctx, own, "remove") }},
+		{"living node removed", 2, (*campaign).removeLiving},
+		{"head spoilt, node replaced", 2, func(c *campaign, ctx context.Context, own *rand.Rand) error { return c.damageHead(ctx, own, false) }},
+		{"head deleted, node replaced", 2, func(c *campaign, ctx context.Context, own *rand.Rand) error { return c.damageHead(ctx, own, true) }},
 		{"verify under load", 3, (*campaign).verifyUnderLoad},
 		{"pods forgotten, gc by the cluster's list", 3, (*campaign).forget},
+	}},
+	{"mistake", []kind{
+		{"recover node for nothing, no list", 3, func(c *campaign, ctx context.Context, own *rand.Rand) error { return c.recoverIdle(ctx, own, "") }},
+		{"recover node for nothing, a fresh list", 3, func(c *campaign, ctx context.Context, own *rand.Rand) error { return c.recoverIdle(ctx, own, "fresh") }},
+		{"recover node for nothing, an old list", 3, func(c *campaign, ctx context.Context, own *rand.Rand) error { return c.recoverIdle(ctx, own, "old") }},
+		{"gc by a list given twice, and an older one", 3, (*campaign).staleLists},
+		{"import again", 3, (*campaign).importAgain},
 	}},
 }
 
@@ -345,6 +356,11 @@ func (c *campaign) operatorRelease(ctx context.Context, own *rand.Rand) error {
 		return nil
 	}
 	defer p.m.rest(p)
+	return c.endByHand(ctx, p, own)
+}
+
+// endByHand releases what a pod has, which its caller keeps the runtimes from.
+func (c *campaign) endByHand(ctx context.Context, p *pod, own *rand.Rand) error {
 	ip := p.ips[own.IntN(len(p.ips))]
 	c.book.doubt(p, c.now(), ending)
 	_, err := c.must(ctx, nil, "", func(r *reply) bool {
@@ -476,13 +492,18 @@ func (c *campaign) tryADD(m *machine, own *rand.Rand) (*pod, *reply) {
 	return p, r
 }
 
-// relist runs 'recover node' with the runtime's list.
+// relist runs 'recover node' with the runtime's list. The second list proves what
+// the first did not have.
 func (c *campaign) relist(ctx context.Context, m *machine) error {
-	for {
-		r, err := c.must(ctx, m, m.sandboxes(), func(r *reply) bool { return strings.Contains(r.stderr, "move the named files away") },
-			"recover", "node", "--containers", "-", "--reason", "a campaign")
+	for try := 0; ; try++ {
+		r, err := c.mustWith(ctx, m, m.sandboxes, func(r *reply) bool {
+			return strings.Contains(r.stderr, "move the named files away") || try < 3 && strings.Contains(r.stdout, "conflict")
+		}, "recover", "node", "--containers", "-", "--grace", "0s", "--reason", "a campaign")
 		if err != nil || r.exit == 0 {
 			return err
+		}
+		if strings.Contains(r.stdout, "conflict") {
+			continue
 		}
 		// It did not say which files: they were torn, and their pods are gone.
 		if moved := m.moveAway(r); moved == 0 {
@@ -570,7 +591,7 @@ func (c *campaign) reboot(ctx context.Context, own *rand.Rand) error {
 }
 
 // unsynced are the files of a state directory that a power loss may damage.
-var unsynced = []string{"mark", "open", "blocks", "holdings/*.json", "suspects"}
+var unsynced = []string{"mark", "open", "blocks", "pools/*", "holdings/*.json", "suspects"}
 
 // powerLoss is a machine whose power goes while it works; what was not fsynced
 // is what the disk had before, torn, or gone.

@@ -33,6 +33,7 @@ type machine struct {
 	watch *trigger
 
 	pods   []*pod // that the runtime knows; c.book's lock
+	ends   bool   // somebody ends all that it has; c.book's lock
 	serial int
 }
 
@@ -245,7 +246,7 @@ func (m *machine) add(p *pod, own *rand.Rand, k kill) {
 	case r.ok():
 		m.answered(p, r, had)
 		if again {
-			p.end = end // nothing was released
+			c.book.kept(p, end)
 		}
 	case r.killed:
 		c.book.doubt(p, r.began, adding)
@@ -305,14 +306,20 @@ func (m *machine) deleted(p *pod, r *reply) {
 func (m *machine) check(p *pod, own *rand.Rand, k kill) {
 	c := m.c
 	defer m.rest(p)
-	r := c.call(m, "CHECK", p.container, conf(m.file, prevResult(p.ips)), p.args(), k, own)
+	c.book.Lock()
+	ips := p.ips
+	c.book.Unlock()
+	if len(ips) == 0 {
+		return
+	}
+	r := c.call(m, "CHECK", p.container, conf(m.file, prevResult(ips)), p.args(), k, own)
 	if !r.ok() && !r.killed {
 		c.judge("CHECK", m, r)
 	}
 	if r.ok() {
 		c.book.Lock()
 		defer c.book.Unlock()
-		p.seen = append(p.seen, sighting{r.began, r.ended, p.ips})
+		p.seen = append(p.seen, sighting{r.began, r.ended, ips})
 	}
 }
 

@@ -346,6 +346,9 @@ func (r *report) write(w io.Writer) {
 	win := &c.window
 	fmt.Fprintf(w, "\nhistory: %d windows checked by porcupine, %d operations on %d addresses, at most %d on one; %d acquires and %d releases on the record\n",
 		win.checked, win.ops, win.addresses, win.most, win.acquires, win.releases)
+	if n := c.full.answered.Load(); n > 0 {
+		fmt.Fprintf(w, "NOSPACE: of %d writes besides that a full etcd answered so %d were done all the same\n", n, c.full.done.Load())
+	}
 	fmt.Fprintf(w, "ledger verify --all-signatures: %d times, at most %s\n", win.verified, ms(win.verifyTook))
 	if r.acquires > 0 {
 		fmt.Fprintf(w, "etcd: %s on disk, %s in use; %s after compaction and defragmentation, with %d allocations and %d entries on the record: %s per 100,000 allocations, extrapolated\n",

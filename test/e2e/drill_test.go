@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	mathrand "math/rand/v2"
@@ -292,7 +293,10 @@ func restoreSnapshot(t testing.TB, file, dir, token string) {
 // recovered is what 'ledger recover node -o json' says.
 type recovered struct {
 	Done      bool
+	Before    bool
 	Kept      int
+	Unknown   int
+	Ended     []keyspace.AttachmentID
 	Asserted  []keyspace.AttachmentID
 	Released  []keyspace.AttachmentID
 	Conflicts []struct {
@@ -327,8 +331,9 @@ func (n *node) recover(args ...string) *recovered {
 	return out
 }
 
-// recoverKilled runs it with kills at random moments, then to its end.
-func (r *roster) recoverKilled(n *node, seed uint64, kills int, args ...string) *recovered {
+// recoverKilled runs it with kills at random moments, then to its end. args are made
+// anew for each run: a list that was looked at before is refused.
+func (r *roster) recoverKilled(n *node, seed uint64, kills int, args func(*node) []string) *recovered {
 	r.t.Helper()
 	own := mathrand.New(mathrand.NewPCG(seed, 0))
 	var mu sync.Mutex
@@ -344,12 +349,15 @@ func (r *roster) recoverKilled(n *node, seed uint64, kills int, args ...string) 
 			after, on = time.Duration(own.Int64N(int64(100*time.Millisecond))), nil
 		}
 		mu.Unlock()
-		if _, killed := runKilled(r.t, n.ledgerCommand(append([]string{"recover", "node"}, args...)...), after, on...); killed {
+		if _, killed := runKilled(r.t, n.ledgerCommand(append([]string{"recover", "node"}, args(n)...)...), after, on...); killed {
 			r.kills.Add(1)
 		}
 	}
-	return n.recover(args...)
+	return n.recover(args(n)...)
 }
+
+// alone is recover node without a list.
+func alone(*node) []string { return nil }
 
 // killsEach is how often a node's recovery is killed.
 func killsEach() int {
@@ -408,10 +416,10 @@ func (r *roster) recoverAll(nodes []*node, args func(*node) []string) (left map[
 			if round > 0 {
 				kills = 0
 			}
-			got := r.recoverKilled(x.n, x.seed, kills, args(x.n)...)
+			got := r.recoverKilled(x.n, x.seed, kills, args)
 			mu.Lock()
 			defer mu.Unlock()
-			sum.Kept += got.Kept
+			sum.Kept, sum.Unknown = sum.Kept+got.Kept, sum.Unknown+got.Unknown
 			sum.Asserted, sum.Released = append(sum.Asserted, got.Asserted...), append(sum.Released, got.Released...)
 			sum.Conflicts = append(sum.Conflicts, got.Conflicts...)
 			if !got.Done {
@@ -489,7 +497,7 @@ func (s *scene) drillSnapshot(t *testing.T) {
 		t.Errorf("a thaw before the drill: exit status %d\n%s", f.exit, f.stderr)
 	}
 	interrupted(t, r.rnd, func() *exec.Cmd { return r.ledgerCommand("recover", "start", "--reason", "restored the backup") }, "").ok()
-	left, sum := r.recoverAll(here, func(*node) []string { return nil })
+	left, sum := r.recoverAll(here, alone)
 
 	// What is left is between a node that is here and one that is not: by the
 	// backup the latter has what it gave back since.
@@ -571,7 +579,7 @@ func (s *scene) drillSnapshot(t *testing.T) {
 	late.call("ADD", "x", r.w).refused(codeIntegrity, "ledger recover node")
 	late.forget("asked")
 	late.call("STATUS", "", r.w).refused(codeIntegrity, "ledger recover node")
-	got := r.recoverKilled(late, r.rnd.Uint64(), killsEach())
+	got := r.recoverKilled(late, r.rnd.Uint64(), killsEach(), alone)
 	if got.Done || len(got.Conflicts) != len(both) {
 		t.Errorf("%s is back, and others have the addresses of %v: done %v, conflicts %v", late.name, both, got.Done, got.Conflicts)
 	}
@@ -616,7 +624,7 @@ func (s *scene) drillCopied(t *testing.T) {
 	queued := r.refuses("ledger recover", lost)
 	r.ledger("freeze", "--reason", "etcd went back").ok()
 	interrupted(t, r.rnd, func() *exec.Cmd { return r.ledgerCommand("recover", "start", "--reason", "somebody put a copy back") }, "").ok()
-	left, sum := r.recoverAll(r.nodes, func(*node) []string { return nil })
+	left, sum := r.recoverAll(r.nodes, alone)
 	if left[r.ip(lost)] != lost || len(left) != 1 {
 		t.Errorf("two pods have %s, and the conflicts are %v", r.ip(lost), left)
 	}
@@ -693,30 +701,51 @@ func (s *scene) drillRuntime(t *testing.T) {
 		}
 		r.ledger("node", "replace", n.name, "--reason", "its disk is new").ok()
 	}
-	// Half of the nodes ask their runtime, the others are given its list.
-	lists := map[string][]string{}
+	// Half of the nodes ask their runtime, the others are given its list. A list
+	// proves nothing by itself, but by the kills there is a second for some.
+	lists := map[string]func() []string{}
 	for i, n := range r.nodes {
 		var ids []string
 		for _, p := range r.of(n) {
 			ids = append(ids, p.container)
 		}
+		more := []string{"--all", "--grace", "0s"}
 		if i%2 == 0 {
-			lists[n.name] = []string{"--cri", "unix://" + serveSandboxes(t, ids)}
+			cri := "unix://" + serveSandboxes(t, ids)
+			lists[n.name] = func() []string { return append([]string{"--cri", cri}, more...) }
 			continue
 		}
 		file := filepath.Join(r.dir, n.name+".containers")
-		if err := os.WriteFile(file, []byte(strings.Join(ids, "\n")+"\n"), 0o600); err != nil {
-			t.Fatal(err)
+		lists[n.name] = func() []string {
+			now := time.Now() // finer than a file's own
+			err := os.WriteFile(file, []byte(strings.Join(ids, "\n")+"\n"), 0o600)
+			if err := errors.Join(err, os.Chtimes(file, now, now)); err != nil {
+				t.Error(err)
+			}
+			return append([]string{"--containers", file}, more...)
 		}
-		lists[n.name] = []string{"--containers", file}
 	}
-	left, sum := r.recoverAll(r.nodes, func(n *node) []string { return lists[n.name] })
-	if len(left) > 0 {
-		t.Errorf("conflicts are left: %v", left)
+	list := func(n *node) []string { return lists[n.name]() }
+	left, sum := r.recoverAll(r.nodes, list)
+	// A node that lost its directory has again what the backup says it has, and was
+	// recovered at once. What it gave back since is another's, and for the operator.
+	for ip, p := range left {
+		holder := r.leased()[netip.MustParseAddr(ip)]
+		if r.pods[rosterPod{holder.Node, holder.Container}] != "" || !slices.Contains(lostDirs, r.byName(holder.Node)) {
+			t.Errorf("%v says that it holds %s, and etcd that %v does, which is no dead pod of a node that lost its directory", p, ip, holder)
+		}
+		r.ledger("release", ip, "--yes", "--reason", "its pod is gone, and another has it").ok()
+		r.byName(p.node).recover()
 	}
 	r.thaw().ok()
 	took := time.Since(began)
 	r.drain(r.nodes...)
+	// What one list did not prove is for gc.
+	every(t, r.nodes, func(n *node) {
+		for range 2 {
+			n.ledger(append([]string{"gc", "--yes"}, list(n)...)...).ok()
+		}
+	})
 	r.agrees()
 	checked := r.check(r.nodes...)
 	t.Logf("%d nodes, %d pods died unnoticed, %d holdings and %d state directories lost (with them %d pods that the backup does not have), %d kills: %d kept, %d put back, %d released, %d pods checked; %v",

@@ -296,11 +296,15 @@ func TestSameEpoch(t *testing.T) {
 		r.etcd.Restore(t, file, false)
 		ledger("recover", "start", "--reason", "restored").ok()
 		if i == 1 {
+			// Once more is not begun anew: it is under way, for all that etcd can tell.
+			if again := ledger("recover", "start", "--reason", "once more").ok(); !strings.Contains(again.stdout, "under way already, epoch 2") || !strings.Contains(again.stderr, "recover start --epoch 3") {
+				t.Errorf("recover start once more: %s%s", again.stdout, again.stderr)
+			}
 			a.call("ADD", "x", r.w).refused(codeIntegrity)
-			if f := a.ledger("recover", "node"); f.exit != 1 || !strings.Contains(f.stderr, "recover start") {
+			if f := a.ledger("recover", "node"); f.exit != 1 || !strings.Contains(f.stderr, "recover start --epoch 3") {
 				t.Errorf("the node does not say that 'recover start' is its way out: %s", f.stderr)
 			}
-			ledger("recover", "start", "--reason", "nodes have seen that epoch").ok()
+			ledger("recover", "start", "--epoch", "3", "--reason", "nodes have seen that epoch").ok()
 		}
 		a.ledger("recover", "node").ok()
 		b.ledger("recover", "node").ok()

@@ -294,9 +294,9 @@ func TestCooldown(t *testing.T) {
 		n.call("ADD", fmt.Sprint("c", i), w).want(fmt.Sprintf("10.1.0.%d/29", i+2))
 	}
 	n.call("DEL", "c1", w).ok()
-	n.call("ADD", "c9", w, "CNI_ARGS=IP=10.1.0.3").refused(codeNotAvailable, "held back")
-	n.call("ADD", "c9", w).refused(codeExhausted, "pool net", "4 addresses", "3 leased", "1 held back", "2 excluded")
-	c.node("n2").call("ADD", "c9", w).refused(codeExhausted, "1 held back")
+	n.call("ADD", "c9", w, "CNI_ARGS=IP=10.1.0.3").refused(codeNotAvailable, "is cooling")
+	n.call("ADD", "c9", w).refused(codeExhausted, "pool net", "4 addresses", "3 leased", "1 cooling", "2 excluded")
+	c.node("n2").call("ADD", "c9", w).refused(codeExhausted, "1 cooling")
 }
 
 // TestExclude: what is excluded is never handed out, to nobody.
@@ -321,7 +321,7 @@ func TestAffinity(t *testing.T) {
 	for i, want := range []int{4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 3} {
 		a.call("ADD", fmt.Sprint("c", i), w).want(fmt.Sprintf("10.1.0.%d/28", want))
 	}
-	a.call("ADD", "c99", w).refused(codeExhausted, "13 addresses", "13 leased", "0 held back")
+	a.call("ADD", "c99", w).refused(codeExhausted, "13 addresses", "13 leased", "0 cooling")
 	strict := network{name: "strict", ipam: `"subnet": "10.2.0.0/29", "strictAffinity": true`}
 	b.call("ADD", "s1", strict).want("10.2.0.2/29")
 	a.call("ADD", "s2", strict).want("10.2.0.4/29")

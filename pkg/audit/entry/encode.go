@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"go4.org/netipx"
 	"golang.org/x/mod/sumdb/note"
 )
 
@@ -21,19 +22,25 @@ type field uint8
 const (
 	fWriter field = iota
 	fKey
+	fMachine
 	fCluster
 	fEtcdCluster
 	fEpoch
 	fState
+	fRecovering
+	fVersion
 	fPredecessor
 	fMark
 	fCloses
+	fRemove
 	fSpace
 	fPool
 	fSpec
 	fBlock
 	fAddress
 	fAcquire
+	fCooldown
+	fAssert
 	fNetwork
 	fContainer
 	fInterface
@@ -47,8 +54,9 @@ const (
 
 // keys are the lines' keys. The order of the constants is the order of lines.
 var keys = [fieldCount]string{
-	"writer", "key", "cluster", "etcd-cluster", "epoch", "state", "predecessor", "mark", "closes",
-	"space", "pool", "spec", "block", "address", "acquire",
+	"writer", "key", "machine", "cluster", "etcd-cluster", "epoch", "state", "recovering", "version",
+	"predecessor", "mark", "closes", "remove",
+	"space", "pool", "spec", "block", "address", "acquire", "cooldown", "assert",
 	"network", "container", "interface", "node", "pod", "pod-uid", "trace", "reason",
 }
 
@@ -65,15 +73,15 @@ func bits(ff ...field) (b uint32) {
 var holder = bits(fSpace, fPool, fAddress, fNetwork, fContainer, fInterface, fNode)
 
 var shapes = map[Op]*shape{
-	Open:    {bits(fWriter, fKey, fCluster, fEpoch), bits(fPredecessor, fMark, fReason)},
+	Open:    {bits(fWriter, fKey, fCluster, fEpoch), bits(fMachine, fPredecessor, fMark, fReason)},
 	Rotate:  {bits(fKey), bits(fReason)},
-	Close:   {bits(fWriter, fCloses), bits(fReason)},
-	Acquire: {holder, bits(fBlock, fPod, fPodUID, fTrace, fReason)},
+	Close:   {bits(fWriter, fCloses), bits(fRemove, fReason)},
+	Acquire: {holder, bits(fBlock, fCooldown, fAssert, fPod, fPodUID, fTrace, fReason)},
 	Release: {holder | bits(fAcquire), bits(fPod, fPodUID, fTrace, fReason)},
 	Claim:   {bits(fSpace, fPool, fBlock, fNode), bits(fReason)},
 	Unclaim: {bits(fSpace, fPool, fBlock, fNode), bits(fReason)},
 	Pool:    {bits(fPool, fSpec), bits(fReason)},
-	Meta:    {bits(fCluster, fEtcdCluster, fEpoch, fState), bits(fReason)},
+	Meta:    {bits(fCluster, fEtcdCluster, fEpoch, fState, fVersion), bits(fRecovering, fReason)},
 	Recover: {bits(fEpoch), bits(fReason)},
 }
 
@@ -130,18 +138,30 @@ func (e *Entry) appendText(dst []byte) []byte {
 		dst = append(dst, e.Writer.Name...)
 		dst = append(dst, '\n')
 	}
+	number := func(f field, n uint64) {
+		if n != 0 {
+			line(f)
+			dst = strconv.AppendUint(dst, n, 10)
+			dst = append(dst, '\n')
+		}
+	}
+	flag := func(f field, on bool) {
+		if on {
+			token(f, yes)
+		}
+	}
 	token(fKey, e.Key)
+	token(fMachine, e.Machine)
 	token(fCluster, e.Cluster)
 	token(fEtcdCluster, e.EtcdCluster)
-	if e.Epoch != 0 {
-		line(fEpoch)
-		dst = strconv.AppendUint(dst, e.Epoch, 10)
-		dst = append(dst, '\n')
-	}
+	number(fEpoch, e.Epoch)
 	token(fState, e.State)
+	flag(fRecovering, e.Recovering)
+	number(fVersion, e.Version)
 	ref(fPredecessor, &e.Predecessor)
 	ref(fMark, &e.Mark)
 	ref(fCloses, &e.Closes)
+	flag(fRemove, e.Remove)
 	token(fSpace, e.Space)
 	token(fPool, e.Pool)
 	if e.Op == Pool {
@@ -156,18 +176,12 @@ func (e *Entry) appendText(dst []byte) []byte {
 	}
 	for i := range e.Addresses {
 		line(fAddress)
-		dst = e.Addresses[i].IP.AppendTo(dst)
-		if e.Op == Acquire {
-			if after := &e.Addresses[i].After; after.IsZero() {
-				dst = append(dst, " after -"...)
-			} else {
-				dst = append(dst, " after "...)
-				dst = after.append(dst)
-			}
-		}
+		dst = e.Addresses[i].append(dst, e.Op == Acquire)
 		dst = append(dst, '\n')
 	}
 	ref(fAcquire, &e.Acquire)
+	number(fCooldown, uint64(e.Cooldown))
+	token(fAssert, e.Assert)
 	token(fNetwork, e.Network)
 	token(fContainer, e.Container)
 	text(fInterface, e.Interface)
@@ -177,6 +191,35 @@ func (e *Entry) appendText(dst []byte) []byte {
 	text(fTrace, e.Trace)
 	text(fReason, e.Reason)
 	return dst
+}
+
+// yes is the value of a flag's line, which is there only where the flag is set.
+const yes = "yes"
+
+// append appends an address: of an acquire "IP/BITS [gateway IP] [range IP-IP]
+// after REFERENCE", with "-" where it was never held, else "IP".
+func (a *Address) append(dst []byte, acquired bool) []byte {
+	dst = a.IP.AppendTo(dst)
+	if !acquired {
+		return dst
+	}
+	dst = append(dst, '/')
+	dst = strconv.AppendInt(dst, int64(a.Bits), 10)
+	if a.Gateway.IsValid() {
+		dst = append(dst, " gateway "...)
+		dst = a.Gateway.AppendTo(dst)
+	}
+	if !a.Range.IsZero() {
+		dst = append(dst, " range "...)
+		dst = a.Range.From().AppendTo(dst)
+		dst = append(dst, '-')
+		dst = a.Range.To().AppendTo(dst)
+	}
+	dst = append(dst, " after "...)
+	if a.After.IsZero() {
+		return append(dst, '-')
+	}
+	return a.After.append(dst)
 }
 
 // appendQuoted is strconv.AppendQuoteToASCII with a short cut for text that
@@ -317,19 +360,25 @@ func (e *Entry) fields() (b uint32) {
 	}
 	set(fWriter, e.Writer != Writer{})
 	set(fKey, e.Key != "")
+	set(fMachine, e.Machine != "")
 	set(fCluster, e.Cluster != "")
 	set(fEtcdCluster, e.EtcdCluster != "")
 	set(fEpoch, e.Epoch != 0)
 	set(fState, e.State != "")
+	set(fRecovering, e.Recovering)
+	set(fVersion, e.Version != 0)
 	set(fPredecessor, !e.Predecessor.IsZero())
 	set(fMark, !e.Mark.IsZero())
 	set(fCloses, !e.Closes.IsZero())
+	set(fRemove, e.Remove)
 	set(fSpace, e.Space != "")
 	set(fPool, e.Pool != "")
 	set(fSpec, e.Op == Pool || e.Spec != Hash{})
 	set(fBlock, len(e.Blocks) > 0)
 	set(fAddress, len(e.Addresses) > 0)
 	set(fAcquire, !e.Acquire.IsZero())
+	set(fCooldown, e.Cooldown != 0)
+	set(fAssert, e.Assert != "")
 	set(fNetwork, e.Network != "")
 	set(fContainer, e.Container != "")
 	set(fInterface, e.Interface != "")
@@ -352,6 +401,7 @@ func (e *Entry) validateFields(has uint32) error {
 		value string
 		limit int
 	}{
+		{fMachine, e.Machine, MaxName},
 		{fCluster, e.Cluster, MaxName},
 		{fEtcdCluster, e.EtcdCluster, MaxName},
 		{fState, e.State, MaxName},
@@ -404,6 +454,12 @@ func (e *Entry) validateFields(has uint32) error {
 	if e.State != "" && e.State != "running" && e.State != "frozen" {
 		return fmt.Errorf("state %.80q: want running or frozen", e.State)
 	}
+	if e.Assert != "" && e.Assert != AssertRecover && e.Assert != AssertImport {
+		return fmt.Errorf("assert %.80q: want %s or %s", e.Assert, AssertRecover, AssertImport)
+	}
+	if e.Cooldown < 0 || e.Cooldown > MaxCooldown {
+		return fmt.Errorf("cooldown %d: want 0 to %d seconds", e.Cooldown, MaxCooldown)
+	}
 	if len(e.Blocks) > MaxBlocks {
 		return fmt.Errorf("%d blocks: at most %d", len(e.Blocks), MaxBlocks)
 	}
@@ -416,7 +472,7 @@ func (e *Entry) validateFields(has uint32) error {
 		return fmt.Errorf("%d addresses: at most %d", len(e.Addresses), MaxAddresses)
 	}
 	for i, a := range e.Addresses {
-		if !a.IP.IsValid() || a.IP.Is4In6() || a.IP.Zone() != "" {
+		if !plainIP(a.IP) {
 			return fmt.Errorf("address %v is not a plain IPv4 or IPv6 address", a.IP)
 		}
 		for _, b := range e.Addresses[:i] {
@@ -424,12 +480,25 @@ func (e *Entry) validateFields(has uint32) error {
 				return fmt.Errorf("address %v stands twice", a.IP)
 			}
 		}
-		if e.Op != Acquire && !a.After.IsZero() {
-			return fmt.Errorf("address %v: only an acquire follows a release", a.IP)
+		if e.Op != Acquire {
+			if a != (Address{IP: a.IP}) {
+				return fmt.Errorf("address %v: only an acquire says more than the address", a.IP)
+			}
+			continue
+		}
+		switch g, r := a.Gateway, a.Range; {
+		case a.Bits < 1 || a.Bits > a.IP.BitLen():
+			return fmt.Errorf("address %v: a subnet of %d bits: want 1 to %d", a.IP, a.Bits, a.IP.BitLen())
+		case g.IsValid() && (!plainIP(g) || g.Is4() != a.IP.Is4()):
+			return fmt.Errorf("address %v: gateway %v is not of its family", a.IP, g)
+		case !r.IsZero() && (!r.IsValid() || !plainIP(r.From()) || !plainIP(r.To()) || !r.Contains(a.IP)):
+			return fmt.Errorf("address %v is not in its range %v", a.IP, r)
 		}
 	}
 	return nil
 }
+
+func plainIP(ip netip.Addr) bool { return ip.IsValid() && !ip.Is4In6() && ip.Zone() == "" }
 
 // Parse reads one entry as it is stored. It returns ErrVersion, with an Entry
 // that holds the signature alone, for a version it does not know.
@@ -691,6 +760,8 @@ func (e *Entry) parseField(f field, v string) (err error) {
 		e.Writer, err = ParseWriter(v)
 	case fKey:
 		e.Key = v
+	case fMachine:
+		e.Machine = v
 	case fCluster:
 		e.Cluster = v
 	case fEtcdCluster:
@@ -701,12 +772,18 @@ func (e *Entry) parseField(f field, v string) (err error) {
 		}
 	case fState:
 		e.State = v
+	case fRecovering:
+		e.Recovering, err = parseFlag(f, v)
+	case fVersion:
+		e.Version, err = parseUint(v, keys[f])
 	case fPredecessor:
 		e.Predecessor, err = ParseRef(v)
 	case fMark:
 		e.Mark, err = ParseRef(v)
 	case fCloses:
 		e.Closes, err = ParseRef(v)
+	case fRemove:
+		e.Remove, err = parseFlag(f, v)
 	case fSpace:
 		e.Space = v
 	case fPool:
@@ -726,6 +803,14 @@ func (e *Entry) parseField(f field, v string) (err error) {
 		err = e.parseAddress(v)
 	case fAcquire:
 		e.Acquire, err = ParseRef(v)
+	case fCooldown:
+		var n uint64
+		if n, err = parseUint(v, keys[f]); err == nil && n > MaxCooldown {
+			err = fmt.Errorf("cooldown %d: want 0 to %d seconds", n, MaxCooldown)
+		}
+		e.Cooldown = int64(n)
+	case fAssert:
+		e.Assert = v
 	case fNetwork:
 		e.Network = v
 	case fContainer:
@@ -746,36 +831,82 @@ func (e *Entry) parseField(f field, v string) (err error) {
 	return err
 }
 
-func (e *Entry) parseAddress(v string) error {
-	ip, after, follows := strings.Cut(v, " ")
-	if follows != (e.Op == Acquire) {
+func parseFlag(f field, v string) (bool, error) {
+	if v != yes {
+		return false, fmt.Errorf("%s %.40q: want %s, or no line", keys[f], v, yes)
+	}
+	return true, nil
+}
+
+func (e *Entry) parseAddress(v string) (err error) {
+	var a Address
+	ip, rest, more := strings.Cut(v, " ")
+	if more != (e.Op == Acquire) {
 		return fmt.Errorf("address %.200q: \"after\" belongs to an acquire and to nothing else", v)
 	}
-	addr, err := netip.ParseAddr(ip)
-	if err != nil {
-		return fmt.Errorf("address %.200q: %w", v, err)
-	}
-	var b [64]byte
-	if !addr.Is4() && string(addr.AppendTo(b[:0])) != ip { // an IPv4 address has one spelling
-		return fmt.Errorf("address %q: it is spelled %v", ip, addr)
-	}
-	a := Address{IP: addr}
-	if follows {
-		ref, ok := strings.CutPrefix(after, "after ")
-		if !ok {
-			return fmt.Errorf("address %.200q: want \"IP after REFERENCE\"", v)
+	if !more {
+		if a.IP, err = parseIP(ip); err == nil {
+			e.Addresses = append(e.Addresses, a)
 		}
-		if ref != "-" {
-			if a.After, err = ParseRef(ref); err != nil {
-				return err
-			}
-			if a.After.IsZero() {
-				return fmt.Errorf("address %.200q: no release is spelled -", v)
-			}
+		return err
+	}
+	ip, bits, _ := strings.Cut(ip, "/")
+	if a.IP, err = parseIP(ip); err != nil {
+		return err
+	}
+	n, err := parseUint(bits, "length of a subnet")
+	if err != nil || n > 128 {
+		return fmt.Errorf("address %.200q: want IP/BITS", v)
+	}
+	a.Bits = int(n)
+	if g, ok := strings.CutPrefix(rest, "gateway "); ok {
+		g, rest, _ = strings.Cut(g, " ")
+		if a.Gateway, err = parseIP(g); err != nil {
+			return err
+		}
+	}
+	if r, ok := strings.CutPrefix(rest, "range "); ok {
+		r, rest, _ = strings.Cut(r, " ")
+		from, to, _ := strings.Cut(r, "-")
+		first, err := parseIP(from)
+		if err != nil {
+			return err
+		}
+		last, err := parseIP(to)
+		if err != nil {
+			return err
+		}
+		if a.Range = netipx.IPRangeFrom(first, last); !a.Range.IsValid() {
+			return fmt.Errorf("address %.200q: its range is empty", v)
+		}
+	}
+	ref, ok := strings.CutPrefix(rest, "after ")
+	if !ok {
+		return fmt.Errorf("address %.200q: want \"IP/BITS [gateway IP] [range IP-IP] after REFERENCE\"", v)
+	}
+	if ref != "-" {
+		if a.After, err = ParseRef(ref); err != nil {
+			return err
+		}
+		if a.After.IsZero() {
+			return fmt.Errorf("address %.200q: no release is spelled -", v)
 		}
 	}
 	e.Addresses = append(e.Addresses, a)
 	return nil
+}
+
+// parseIP reads an address in its one spelling.
+func parseIP(s string) (netip.Addr, error) {
+	ip, err := netip.ParseAddr(s)
+	if err != nil {
+		return ip, fmt.Errorf("address %.200q: %w", s, err)
+	}
+	var b [64]byte
+	if !ip.Is4() && string(ip.AppendTo(b[:0])) != s { // an IPv4 address has one spelling
+		return ip, fmt.Errorf("address %q: it is spelled %v", s, ip)
+	}
+	return ip, nil
 }
 
 func unquote(key, v string) (string, error) {

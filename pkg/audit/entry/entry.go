@@ -13,7 +13,7 @@
 //	op acquire
 //	space default
 //	pool prod
-//	address 10.22.7.14 after 5f0c…/17/e0b1…
+//	address 10.22.7.14/24 gateway 10.22.7.1 range 10.22.7.2-10.22.7.254 after 5f0c…/17/e0b1…
 //	network prod
 //	container 0b1f6d…
 //	interface "eth0"
@@ -57,6 +57,8 @@ import (
 	"time"
 	"unicode"
 	"unicode/utf8"
+
+	"go4.org/netipx"
 )
 
 // Header is the first line of every entry of this version.
@@ -73,8 +75,9 @@ const (
 	MaxInterface = 15 // IFNAMSIZ - 1
 	MaxPod       = 512
 	MaxText      = 1024
-	MaxAddresses = 32 // per entry
-	MaxBlocks    = 32 // per entry
+	MaxAddresses = 32           // per entry
+	MaxBlocks    = 32           // per entry
+	MaxCooldown  = 24 * 60 * 60 // seconds
 )
 
 // Hash is SHA-256(0x00 ‖ stored bytes of an entry).
@@ -313,13 +316,22 @@ const (
 	Recover Op = "recover"
 )
 
-// Address is an address that changes hands.
+// Address is an address that changes hands. Only an acquire has more than the IP.
 type Address struct {
-	IP netip.Addr
+	IP      netip.Addr
+	Bits    int            // length of its subnet's prefix
+	Gateway netip.Addr     // of the interface; invalid: none
+	Range   netipx.IPRange // that it is of, where that is known
 	// After is the release this acquire follows; zero if the address was never
-	// held before. Only an acquire has it.
+	// held before.
 	After Ref
 }
+
+// What an acquire asserts: a lease that was there before it is recorded.
+const (
+	AssertRecover = "recover" // a restore had lost it
+	AssertImport  = "import"  // another IPAM had made it
+)
 
 // Entry is one entry. Which fields an op has is listed in its line of the table
 // in docs/formats.md; Sign refuses an entry with a field that its op lacks, or
@@ -334,19 +346,25 @@ type Entry struct {
 
 	Writer      Writer // open: of this chain; close: of the chain that is closed
 	Key         string // open, rotate: the key as a C2SP verifier key (name+id+base64)
+	Machine     string // open: machine ID of the writer's host
 	Cluster     string // open, meta: our cluster ID
 	EtcdCluster string // meta: etcd's cluster ID
 	Epoch       uint64 // open, meta, recover
 	State       string // meta: running or frozen
+	Recovering  bool   // meta: a recovery is under way
+	Version     uint64 // meta: of the ledger's format
 	Predecessor Ref    // open: head of the chain this one continues, as the store has it
 	Mark        Ref    // open: head that the writer remembers, where a restore lost entries
 	Closes      Ref    // close: last entry of the chain that is closed
+	Remove      bool   // close: the writer is removed: what is leased on its chains ends, too
 	Space       string
 	Pool        string
 	Spec        Hash           // pool: SHA-256 of the stored spec, zero once deleted
 	Blocks      []netip.Prefix // acquire, claim: claimed with this entry; unclaim: given back
 	Addresses   []Address
-	Acquire     Ref // release: the acquire it ends
+	Acquire     Ref    // release: the acquire it ends
+	Cooldown    int64  // acquire: seconds that its addresses wait after their release
+	Assert      string // acquire: AssertRecover or AssertImport, else empty
 	Network     string
 	Container   string
 	Interface   string

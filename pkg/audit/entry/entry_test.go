@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"go4.org/netipx"
 	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
 )
@@ -69,21 +70,28 @@ func golden(t testing.TB) map[string]*Entry {
 	}
 	acquire, release := held, held
 	acquire.Blocks = []netip.Prefix{netip.MustParsePrefix("10.22.7.0/26"), netip.MustParsePrefix("fd00::/122")}
-	acquire.Addresses = []Address{{IP: netip.MustParseAddr("10.22.7.14"), After: refOf("a release", 17)}, {IP: netip.MustParseAddr("fd00::14")}}
+	acquire.Cooldown, acquire.Assert = 90, AssertRecover
+	acquire.Addresses = []Address{
+		{
+			IP: netip.MustParseAddr("10.22.7.14"), Bits: 24, Gateway: netip.MustParseAddr("10.22.7.1"),
+			Range: netipx.MustParseIPRange("10.22.7.2-10.22.7.200"), After: refOf("a release", 17),
+		},
+		{IP: netip.MustParseAddr("fd00::14"), Bits: 64},
+	}
 	release.Addresses = []Address{{IP: netip.MustParseAddr("10.22.7.14")}, {IP: netip.MustParseAddr("fd00::14")}}
 	release.Acquire = refOf("an acquire", 18446744073709551615)
 	block := Entry{Space: "default", Pool: "prod", Blocks: []netip.Prefix{netip.MustParsePrefix("10.22.7.64/26")}, Node: "worker-1"}
 	return map[string]*Entry{
-		"open":        e(Open, Entry{Writer: worker, Key: vkey, Cluster: "2f1c7d1e-0d8d-4a53-9a3c-2f1c7d1e0d8d", Epoch: 2, Predecessor: refOf("before", 40), Mark: refOf("before", 42)}),
+		"open":        e(Open, Entry{Writer: worker, Key: vkey, Machine: "3d12f0", Cluster: "2f1c7d1e-0d8d-4a53-9a3c-2f1c7d1e0d8d", Epoch: 2, Predecessor: refOf("before", 40), Mark: refOf("before", 42)}),
 		"rotate":      e(Rotate, Entry{Key: next}),
-		"close":       e(Close, Entry{Writer: Writer{KindNode, "worker-2"}, Closes: refOf("another", 7)}),
+		"close":       e(Close, Entry{Writer: Writer{KindNode, "worker-2"}, Closes: refOf("another", 7), Remove: true}),
 		"acquire":     e(Acquire, acquire),
 		"release":     e(Release, release),
 		"claim":       e(Claim, block),
 		"unclaim":     e(Unclaim, block),
 		"pool":        e(Pool, Entry{Pool: "prod", Spec: hashOf("{}")}),
 		"pool-delete": e(Pool, Entry{Pool: "prod"}),
-		"meta":        e(Meta, Entry{Cluster: "2f1c7d1e-0d8d-4a53-9a3c-2f1c7d1e0d8d", EtcdCluster: "cafe00000000beef", Epoch: 2, State: "frozen"}),
+		"meta":        e(Meta, Entry{Cluster: "2f1c7d1e-0d8d-4a53-9a3c-2f1c7d1e0d8d", EtcdCluster: "cafe00000000beef", Epoch: 2, State: "frozen", Recovering: true, Version: 2}),
 		"recover":     e(Recover, Entry{Epoch: 2}),
 	}
 }
@@ -247,9 +255,9 @@ func TestOneSpelling(t *testing.T) {
 		}},
 		{"reference's seq with zero", "open", replace("/40/", "/040/")},
 		{"zero reference", "open", func(s string) string { l := line("mark")(s); return strings.Replace(s, l, "mark "+zero+"\n", 1) }},
-		{"zero release", "acquire", replace("fd00::14 after -", "fd00::14 after "+zero)},
-		{"no after", "acquire", replace("fd00::14 after -", "fd00::14")},
-		{"after in a release", "release", replace("fd00::14", "fd00::14 after -")},
+		{"zero release", "acquire", replace("fd00::14/64 after -", "fd00::14/64 after "+zero)},
+		{"no after", "acquire", replace("fd00::14/64 after -", "fd00::14/64")},
+		{"after in a release", "release", replace("fd00::14", "fd00::14/64 after -")},
 		{"zero spec elsewhere", "claim", replace("\nblock", "\nspec "+Hash{}.String()+"\nblock")},
 		{"time in another zone", "acquire", replace("07.123456789Z", "07.123456789+00:00")},
 		{"time of fewer digits", "acquire", replace("07.123456789Z", "07.12345678Z")},
@@ -274,12 +282,34 @@ func TestOneSpelling(t *testing.T) {
 		{"open quote", "acquire", replace(`"eth0"`, `"eth0`)},
 		{"lone quote", "acquire", replace(`"eth0"`, `"`)},
 		{"empty text", "acquire", replace(`"eth0"`, `""`)},
-		{"long IPv6", "acquire", replace("fd00::14 ", "fd00:0:0:0:0:0:0:14 ")},
-		{"upper-case IPv6", "acquire", replace("fd00::14 ", "FD00::14 ")},
-		{"mapped IPv4", "acquire", replace("10.22.7.14 ", "::ffff:10.22.7.14 ")},
-		{"zone", "acquire", replace("fd00::14 ", "fd00::14%eth0 ")},
-		{"IPv4 with zeros", "acquire", replace("10.22.7.14 ", "10.22.07.14 ")},
-		{"address twice", "acquire", replace("fd00::14 ", "10.22.7.14 ")},
+		{"long IPv6", "acquire", replace("fd00::14/", "fd00:0:0:0:0:0:0:14/")},
+		{"upper-case IPv6", "acquire", replace("fd00::14/", "FD00::14/")},
+		{"mapped IPv4", "acquire", replace("10.22.7.14/", "::ffff:10.22.7.14/")},
+		{"zone", "acquire", replace("fd00::14/", "fd00::14%eth0/")},
+		{"IPv4 with zeros", "acquire", replace("10.22.7.14/", "10.22.07.14/")},
+		{"no subnet", "acquire", replace("fd00::14/64 ", "fd00::14 ")},
+		{"a subnet of 0 bits", "acquire", replace("fd00::14/64 ", "fd00::14/0 ")},
+		{"a subnet of 33 bits", "acquire", replace("10.22.7.14/24 ", "10.22.7.14/33 ")},
+		{"a subnet with zero", "acquire", replace("10.22.7.14/24 ", "10.22.7.14/024 ")},
+		{"a subnet in a release", "release", replace("fd00::14", "fd00::14/64")},
+		{"a gateway of the other family", "acquire", replace("gateway 10.22.7.1 ", "gateway fd00::1 ")},
+		{"a gateway in another spelling", "acquire", replace("gateway 10.22.7.1 ", "gateway 10.22.7.01 ")},
+		{"an empty gateway", "acquire", replace("gateway 10.22.7.1 ", "gateway  ")},
+		{"a gateway after the range", "acquire", func(s string) string {
+			return strings.Replace(s, "gateway 10.22.7.1 range 10.22.7.2-10.22.7.200 ", "range 10.22.7.2-10.22.7.200 gateway 10.22.7.1 ", 1)
+		}},
+		{"a range without the address", "acquire", replace("range 10.22.7.2-10.22.7.200", "range 10.22.7.20-10.22.7.200")},
+		{"a range backwards", "acquire", replace("range 10.22.7.2-10.22.7.200", "range 10.22.7.200-10.22.7.2")},
+		{"a range of one", "acquire", replace("range 10.22.7.2-10.22.7.200", "range 10.22.7.14")},
+		{"a range of two families", "acquire", replace("range 10.22.7.2-10.22.7.200", "range 10.22.7.2-fd00::1")},
+		{"cooldown 0", "acquire", replace("cooldown 90", "cooldown 0")},
+		{"cooldown with zero", "acquire", replace("cooldown 90", "cooldown 090")},
+		{"cooldown of more than a day", "acquire", replace("cooldown 90", "cooldown 86401")},
+		{"assert", "acquire", replace("assert recover", "assert wish")},
+		{"recovering no", "meta", replace("recovering yes", "recovering no")},
+		{"version 0", "meta", replace("version 2", "version 0")},
+		{"remove true", "close", replace("remove yes", "remove true")},
+		{"address twice", "acquire", replace("fd00::14/64 ", "10.22.7.14/24 ")},
 		{"host bits in a block", "claim", replace("10.22.7.64/26", "10.22.7.65/26")},
 		{"block bits with zero", "claim", replace("10.22.7.64/26", "10.22.7.64/026")},
 		{"long block", "acquire", replace("fd00::/122", "fd00:0::/122")},
@@ -380,7 +410,7 @@ func TestLimits(t *testing.T) {
 		{"addresses", "acquire", MaxAddresses, func(e *Entry, n int) {
 			e.Addresses = nil
 			for i := range n {
-				e.Addresses = append(e.Addresses, Address{IP: netip.AddrFrom4([4]byte{10, 0, 0, byte(i)})})
+				e.Addresses = append(e.Addresses, Address{IP: netip.AddrFrom4([4]byte{10, 0, 0, byte(i)}), Bits: 8})
 			}
 		}},
 		{"blocks", "claim", MaxBlocks, func(e *Entry, n int) {
@@ -421,19 +451,25 @@ func TestFields(t *testing.T) {
 	}{
 		{"Writer", worker},
 		{"Key", vkey},
+		{"Machine", "m"},
 		{"Cluster", "c"},
 		{"EtcdCluster", "c"},
 		{"Epoch", uint64(3)},
 		{"State", "running"},
+		{"Recovering", true},
+		{"Version", uint64(2)},
 		{"Predecessor", refOf("p", 1)},
 		{"Mark", refOf("p", 2)},
 		{"Closes", refOf("p", 3)},
+		{"Remove", true},
 		{"Space", "s"},
 		{"Pool", "p"},
 		{"Spec", hashOf("s")},
 		{"Blocks", []netip.Prefix{netip.MustParsePrefix("10.0.0.0/24")}},
 		{"Addresses", []Address{{IP: netip.MustParseAddr("10.0.0.1")}}},
 		{"Acquire", refOf("p", 4)},
+		{"Cooldown", int64(5)},
+		{"Assert", AssertImport},
 		{"Network", "n"},
 		{"Container", "c"},
 		{"Interface", "i"},
