@@ -29,7 +29,7 @@ PROGRAMS := ./plugins/ipam-ledger ./cmd/ledger ./cmd/ledger-lab
 # The CNI reference plugin that the demo's network configuration names first.
 BRIDGE   := github.com/containernetworking/plugins/plugins/main/bridge
 
-.PHONY: build demo demo-desktop test e2e-full campaign check bench bench-desktop fuzz install clean help need-go
+.PHONY: build demo demo-desktop test e2e-full campaign mutate check bench bench-desktop fuzz install clean help need-go
 
 build: need-go ## the programs, and what the demo needs, into bin/ (the default)
 	@mkdir -p bin
@@ -70,6 +70,9 @@ campaign: need-go ## random faults over 20 nodes for CAMPAIGN (10m); SEED=N repe
 	@mkdir -p bin
 	$(BUILD) -o bin/campaign ./test/campaign
 	exec bin/campaign -for $(CAMPAIGN) $(if $(SEED),-seed $(SEED))
+
+mutate: need-go ## mistakes put into the code, one by one: do tests notice? MUTATEFLAGS='-run ID'
+	$(GO) run ./test/mutate $(MUTATEFLAGS)
 
 check: need-go $(GOFUMPT) $(STATICCHECK) ## format, vet, static analysis, arm64, race detector
 	@unformatted="$$($(GOFUMPT) -l $$(git ls-files -co --exclude-standard '*.go'))"; \
