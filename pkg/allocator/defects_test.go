@@ -407,29 +407,6 @@ func TestFirstCommit(t *testing.T) {
 	}
 }
 
-// TestOpensOnTheLatest: who opens a chain takes epoch and cluster from a
-// linearizable view.
-func TestOpensOnTheLatest(t *testing.T) {
-	w := newWorld(t, 2)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
-	if _, err := n.add(p, "a"); err != nil {
-		t.Fatal(err)
-	}
-	fresh := w.nodes[1]
-	w.nodes = w.nodes[:1]
-	w.drill(t)
-	fresh.reconnect()
-	fresh.conn.lag = 8 // before the drill
-	if _, err := fresh.add(p, "b"); err != nil {
-		t.Fatal(err)
-	}
-	if mark, err := fresh.writer().Dir.LoadMark(); err != nil || mark.Epoch != 2 {
-		t.Fatalf("the chain was opened in epoch %d (%v)", mark.Epoch, err)
-	}
-}
-
 // TestLaggingViews: what is answered without a commit is read linearizable.
 func TestLaggingViews(t *testing.T) {
 	w := newWorld(t, 1)

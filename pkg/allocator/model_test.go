@@ -1036,7 +1036,8 @@ func (m *model) spoil() {
 	clean := len(m.w.store.history)
 	defer func() { m.w.store.history = append(m.w.store.history[:clean], m.w.store.now()) }()
 	m.w.store.mu.Lock()
-	m.w.store.apply(Txn{Then: []Write{{Key: key, Value: []byte("garbage"), Delete: deleted}}})
+	garbage := rapid.SampledFrom([]string{"garbage", "", "{}", "null"}).Draw(m.t, "garbage")
+	m.w.store.apply(Txn{Then: []Write{{Key: key, Value: []byte(garbage), Delete: deleted}}})
 	m.w.store.mu.Unlock()
 	if !attachment {
 		c := m.container()

@@ -421,7 +421,7 @@ func (w *Writer) Replace(ctx context.Context, p Replacement, reason string) (out
 			}
 			compare := []Compare{{Key: key, Mod: modAt(v.extra[0])}}
 			var value keyspace.Writer
-			if kvs := v.extra[0].KVs; len(kvs) == 0 || keyspace.Decode(kvs[0].Value, &value) != nil {
+			if kvs := v.extra[0].KVs; len(kvs) == 0 || decodeHead(kvs[0].Value, &value) != nil {
 				if value, err = s.chainEnd(lost); err != nil {
 					if len(kvs) == 1 && errors.Is(err, ErrNotFound) {
 						err = fmt.Errorf("%w: nothing goes with %s: delete it ('etcdctl del %[2]s')", err, key)
@@ -451,6 +451,17 @@ func (w *Writer) Replace(ctx context.Context, p Replacement, reason string) (out
 		})
 	})
 	return out, err
+}
+
+// decodeHead reads a head. One that names no entry is none that a commit wrote.
+func decodeHead(b []byte, w *keyspace.Writer) error {
+	if err := keyspace.Decode(b, w); err != nil {
+		return err
+	}
+	if w.Chain == (entry.ChainID{}) || w.Seq == 0 || w.Hash == (entry.Hash{}) {
+		return errors.New("it names no entry")
+	}
+	return nil
 }
 
 // chainEnd makes the head of a writer's newest chain from its entries.

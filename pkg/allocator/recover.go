@@ -305,7 +305,13 @@ func (s *session) recoverOne(id keyspace.AttachmentID, assert bool, runtime Runt
 	}
 	switch {
 	case !assert && live != nil && !same:
-		// What it holds instead, if anything, is asserted next: the holding stays.
+		// What it holds instead, if anything, is asserted next: the holding stays. One
+		// whose release waits goes first, as in letGo.
+		if s.Dir.IsQueued(id) {
+			if err := forget(); err != nil {
+				return err
+			}
+		}
 		if err := s.release(id, live.Acquire, live, "recover: not held any more"); errors.Is(err, ErrNotFound) {
 			return nil // ended in between, by another
 		} else if err != nil {

@@ -54,7 +54,7 @@ func (w *Writer) Belongings(ctx context.Context, node string) (*Belongings, erro
 	out := &Belongings{Node: node}
 	if kvs := r.Ranges[1].KVs; len(kvs) == 1 {
 		out.Head = new(keyspace.Writer)
-		if err := keyspace.Decode(kvs[0].Value, out.Head); err != nil {
+		if err := decodeHead(kvs[0].Value, out.Head); err != nil {
 			out.Head, out.Spoilt = nil, fmt.Errorf("%s: %w", head, err)
 		}
 	}

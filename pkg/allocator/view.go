@@ -94,7 +94,7 @@ func (s *session) lookOnce(serializable bool, gets []Get) (*view, error) {
 	}
 	if kvs := r.Ranges[2].KVs; len(kvs) == 1 {
 		v.writer, v.writerMod = new(keyspace.Writer), kvs[0].Mod
-		if err := keyspace.Decode(kvs[0].Value, v.writer); err != nil {
+		if err := decodeHead(kvs[0].Value, v.writer); err != nil {
 			return v, fmt.Errorf("%w: %s cannot be read: %w; its way out: %s", ErrIntegrity, kvs[0].Key, err, s.wayOut())
 		}
 	}

@@ -135,6 +135,24 @@ func TestRotatedPinned(t *testing.T) {
 	}
 }
 
+// TestRotatedUntrusted: a key that nobody trusts makes no other one trusted.
+func TestRotatedUntrusted(t *testing.T) {
+	l := story(t)
+	ring := l.ring()
+	m := l.writer("node/mallory")
+	signer, vkey := testKey(t, m.Writer, "mallory's second key")
+	l.commit(m, &entry.Entry{Op: entry.Rotate, Key: vkey})
+	m.signer, m.vkey = signer, vkey
+	l.commit(m, &entry.Entry{Op: entry.Close, Writer: m.Writer, Closes: m.head.Head()})
+	l.anew(m, 2)
+	l.acquire(m, att("mallory", "c30"), "10.22.7.90")
+	r := l.verify(Options{Keys: ring})
+	if len(r.Findings) != 2 || r.Findings[0].Code != UntrustedKey || r.Findings[1].Code != UntrustedKey {
+		show(t, r)
+		t.Fatal("want both of its chains to be opened with a key that is not trusted, and nothing else")
+	}
+}
+
 // TestFlipEveryByte changes each byte of three entries, one at a time.
 func TestFlipEveryByte(t *testing.T) {
 	honest := story(t)

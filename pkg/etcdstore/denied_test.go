@@ -26,10 +26,12 @@ type answers struct {
 	refuse error
 	asked  atomic.Int64
 	roles  []string
+	last   atomic.Pointer[pb.TxnRequest]
 }
 
-func (a *answers) Txn(context.Context, *pb.TxnRequest) (*pb.TxnResponse, error) {
+func (a *answers) Txn(_ context.Context, r *pb.TxnRequest) (*pb.TxnResponse, error) {
 	a.asked.Add(1)
+	a.last.Store(r)
 	if a.left.Add(-1) >= 0 {
 		return nil, a.refuse
 	}

@@ -341,6 +341,7 @@ func TestClocks(t *testing.T) {
 		"back by years, asked":          {asked("runtime", moment("1", time.Hour, 9*year)), asked("runtime", moment("1", time.Hour+5*time.Minute, 0)), true},
 		"a file, ahead by years":        {file(moment("1", time.Hour, 0), 0), file(moment("1", time.Hour+time.Minute, 9*year), 0), false},
 		"a file, ahead and long after":  {file(moment("1", time.Hour, 0), 0), file(moment("1", time.Hour+5*time.Minute, 9*year), 0), true},
+		"a file, ahead and too soon":    {file(moment("1", time.Hour, 0), 0), file(moment("1", 2*time.Hour, 9*year), 59*time.Minute), false},
 		"a file, back by years":         {file(moment("1", time.Hour, 9*year), 0), file(moment("1", time.Hour+5*time.Minute, 0), 0), false},
 		"a file, back by a little":      {file(moment("1", time.Hour, time.Minute), 0), file(moment("1", time.Hour+5*time.Minute, 0), 0), false},
 		"back by a little, and waiting": {file(moment("1", time.Hour, time.Minute), 0), file(moment("1", time.Hour+6*time.Minute, 0), 0), true},
@@ -422,12 +423,13 @@ func TestMemory(t *testing.T) {
 
 // TestContainers: a runtime's list says nothing about what is no pod's.
 func TestContainers(t *testing.T) {
-	list := Containers{"listed": true}
+	list := Containers{"listed": true, "stopped": false}
 	for _, c := range []struct {
 		pod, uid, container string
 		has, tells          bool
 	}{
 		{"shop/web", "u", "listed", true, true},
+		{"shop/web", "u", "stopped", true, true},
 		{"shop/web", "u", "gone", false, true},
 		{"shop/web", "", "gone", false, true},
 		{"", "u", "gone", false, true},
@@ -475,6 +477,15 @@ func TestPods(t *testing.T) {
 		if has != c.has || tells != c.tells {
 			t.Errorf("%q, UID %q: %v, %v; want %v, %v", c.pod, c.uid, has, tells, c.has, c.tells)
 		}
+	}
+}
+
+// TestPartOfPods: what was not read to its end is not all pods, however sound.
+func TestPartOfPods(t *testing.T) {
+	p := new(Pods)
+	err := p.Add(strings.NewReader(`{"kind": "PodList", "metadata": {"continue": "x"}, "items": [{"metadata": {"namespace": "shop", "name": "web-0", "uid": "u1"}}]}`))
+	if err == nil || !strings.Contains(err.Error(), "metadata.continue is set") || p.Len() != 0 {
+		t.Errorf("%d pods, %v", p.Len(), err)
 	}
 }
 

@@ -74,7 +74,7 @@ func (c *campaign) restore(ctx context.Context, snapshot string, own *rand.Rand)
 	if _, err := c.must(ctx, nil, "", refused, "freeze", "--reason", "a drill"); err != nil {
 		return err
 	}
-	if err := c.recoverStart(ctx, nil, own); err != nil {
+	if err := c.recoverStart(ctx, nil); err != nil {
 		return err
 	}
 	if err := c.recoverNodes(ctx, away, own); err != nil {
@@ -122,7 +122,7 @@ var laterEpoch = regexp.MustCompile(`recover start --epoch (\d+)`)
 
 // recoverStart begins the recovery; after is what a node said that has seen a
 // later epoch.
-func (c *campaign) recoverStart(ctx context.Context, after *reply, own *rand.Rand) error {
+func (c *campaign) recoverStart(ctx context.Context, after *reply) error {
 	args := []string{"recover", "start", "--reason", "restored a backup"}
 	if after != nil {
 		if m := laterEpoch.FindStringSubmatch(after.stderr); m != nil {
@@ -130,9 +130,6 @@ func (c *campaign) recoverStart(ctx context.Context, after *reply, own *rand.Ran
 		}
 	}
 	_, err := c.must(ctx, nil, "", nil, args...)
-	if err == nil && own.IntN(2) == 0 {
-		c.startTwice(ctx)
-	}
 	return err
 }
 
@@ -164,7 +161,10 @@ func (c *campaign) nodeTwice(ctx context.Context, m *machine) {
 func (c *campaign) recoverNodes(ctx context.Context, away *machine, own *rand.Rand) error {
 	done, sure := map[*machine]bool{}, map[*machine]bool{}
 	var mu sync.Mutex
-	for round := 0; ctx.Err() == nil; round++ {
+	for round, twice := 0, own.IntN(3); ctx.Err() == nil; round++ {
+		if round == min(twice, 1) { // before any node, or once most are done
+			c.startTwice(ctx)
+		}
 		var conflicts []string
 		var again *reply
 		err := c.every(func(m *machine) error {
@@ -217,18 +217,19 @@ func (c *campaign) recoverNodes(ctx context.Context, away *machine, own *rand.Ra
 			return err
 		}
 		if again != nil {
-			if err := c.recoverStart(ctx, again, own); err != nil {
+			if err := c.recoverStart(ctx, again); err != nil {
 				return err
 			}
 			clear(done)
-		} else if round == 0 && own.IntN(3) == 0 {
-			c.startTwice(ctx)
 		}
 		want := len(c.machines)
 		if away != nil {
 			want--
 		}
 		if len(done) == want {
+			if round < min(twice, 1) { // or when all are
+				c.startTwice(ctx)
+			}
 			return nil
 		}
 		if round >= 2 && len(conflicts) > 0 {

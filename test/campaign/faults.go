@@ -30,7 +30,8 @@ type kind struct {
 	do     func(c *campaign, ctx context.Context, own *rand.Rand) error
 }
 
-// hands are all faults but the restore, which a round ends with.
+// hands are all faults but the restore and what belongs to it, which a round ends
+// with.
 var hands = []hand{
 	{"member", []kind{
 		{"leader killed", 5, func(c *campaign, ctx context.Context, own *rand.Rand) error { return c.killMember(ctx, own, true) }},

@@ -6,8 +6,9 @@
 // Twenty nodes, each with a state directory, a machine ID and a boot ID of its
 // own, execute the real plugin as a runtime and a kubelet do, against a real etcd
 // of three members. Meanwhile plugins are killed, members killed, paused, cut off
-// and slowed down, machines lose their power, their disk or their pods, operators
-// freeze, release, drain and remove, and the whole of etcd is restored from
+// and slowed down and filled up, machines lose their power, their disk or their
+// pods, operators freeze, release, drain and remove, also at the wrong time, twice
+// and by old lists, somebody damages keys, and the whole of etcd is restored from
 // snapshots. Faults overlap.
 //
 // # What is checked

@@ -198,7 +198,7 @@ func (c *campaign) damageHead(ctx context.Context, own *rand.Rand, deleted bool)
 	key := c.keys.Writer(entry.Writer{Kind: entry.KindNode, Name: m.name})
 	op := clientv3.OpDelete(key)
 	if !deleted {
-		op = clientv3.OpPut(key, []string{"", "\x00garbage\xff", `{"chain":"`}[own.IntN(3)])
+		op = clientv3.OpPut(key, []string{"", "\x00garbage\xff", `{"chain":"`, "{}", "null"}[own.IntN(5)])
 	}
 	there := false
 	err := c.patient(ctx, "damaging "+key, func(one context.Context) error {

@@ -294,7 +294,8 @@ func noticed(output string) string {
 // tryAll tries mutations, n at a time, and writes the table. It reports whether all
 // were noticed.
 func tryAll(ctx context.Context, root string, mm []mutation, n int, limit time.Duration, w io.Writer) (bool, error) {
-	const row = "%-5s %-16s %-14s %7s  %-36s %s\n"
+	const width = 36
+	row := fmt.Sprintf("%%-5s %%-16s %%-14s %%7s  %%-%ds %%s\n", width)
 	fmt.Fprintf(w, row, "ID", "PACKAGE", "OUTCOME", "SECONDS", "NOTICED BY", "WHAT IT BREAKS")
 	var packages []string
 	for i := range mm {
@@ -302,8 +303,9 @@ func tryAll(ctx context.Context, root string, mm []mutation, n int, limit time.D
 			packages = append(packages, mm[i].pkg)
 		}
 	}
+	limits := map[string]time.Duration{}
 	for _, pkg := range packages {
-		// Tests that fail anyway notice everything.
+		// Tests that fail anyway notice everything, and where the machine is slow all hang.
 		r := try(ctx, root, pkg, nil, limit)
 		if r.err != nil {
 			return false, r.err
@@ -311,6 +313,7 @@ func tryAll(ctx context.Context, root string, mm []mutation, n int, limit time.D
 		if r.outcome != survived {
 			return false, fmt.Errorf("the tests of %s fail as they are (%s %s):\n%s", pkg, r.outcome, r.by, r.output)
 		}
+		limits[pkg] = max(limit, 4*r.took)
 		fmt.Fprintf(w, row, "-", pkg, "passes", fmt.Sprintf("%.1f", r.took.Seconds()), "-", "nothing: without a mutation")
 	}
 
@@ -324,7 +327,7 @@ func tryAll(ctx context.Context, root string, mm []mutation, n int, limit time.D
 	for range n {
 		workers.Go(func() {
 			for i := range todo {
-				results[i] <- try(ctx, root, mm[i].pkg, &mm[i], limit)
+				results[i] <- try(ctx, root, mm[i].pkg, &mm[i], limits[mm[i].pkg])
 			}
 		})
 	}
@@ -350,6 +353,8 @@ func tryAll(ctx context.Context, root string, mm []mutation, n int, limit time.D
 		by, what := r.by, m.breaks
 		if by == "" {
 			by = "-"
+		} else if len(by) > width {
+			by = by[:width-2] + ".."
 		}
 		if r.outcome == equivalent {
 			what += " (" + m.equivalent + ")"
@@ -388,7 +393,7 @@ func main() {
 	show := flag.Bool("list", false, "list the mutations and do nothing")
 	check := flag.Bool("check", false, "only check that each mutation fits the code")
 	n := flag.Int("j", 1, "how many at a time")
-	limit := flag.Duration("timeout", 3*time.Minute, "for the tests, with one mutation")
+	limit := flag.Duration("timeout", 3*time.Minute, "for a package's tests; where they take long without a mutation, four times that")
 	out := flag.String("out", "", "also write the table to this file")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)

@@ -241,6 +241,14 @@ func TestOneSpelling(t *testing.T) {
 		{"seq 0", "acquire", replace("seq 41", "seq 0")},
 		{"seq 1 and no open", "acquire", replace("seq 41", "seq 1")},
 		{"open and no seq 1", "open", replace("seq 1\n", "seq 2\n")},
+		{"seq 1, as a first entry, and no open", "acquire", func(s string) string {
+			s = strings.Replace(s, "seq 41", "seq 1", 1)
+			return strings.Replace(s, line("prev")(s), "prev "+Hash{}.String()+"\n", 1)
+		}},
+		{"open as a later entry", "open", func(s string) string {
+			s = strings.Replace(s, "seq 1\n", "seq 2\n", 1)
+			return strings.Replace(s, line("prev")(s), "prev "+hashOf("x").String()+"\n", 1)
+		}},
 		{"prev of an open", "open", replace("prev 0", "prev 1")},
 		{"epoch 0", "recover", replace("epoch 2", "epoch 0")},
 		{"upper-case chain", "acquire", replace("chain 5f", "chain 5F")},
