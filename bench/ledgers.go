@@ -128,7 +128,7 @@ func (l *ledger) Entries(ctx context.Context, f func(audit.Record) error) error 
 		return err
 	}
 	meta := keyspace.Meta{Version: keyspace.FormatVersion, Cluster: genCluster, EtcdCluster: l.cluster, Epoch: 1, State: keyspace.Running}
-	op.append(l, 0, &entry.Entry{Op: entry.Meta, Cluster: meta.Cluster, EtcdCluster: meta.EtcdCluster, Epoch: 1, State: string(meta.State)})
+	op.append(l, 0, &entry.Entry{Op: entry.Meta, Cluster: meta.Cluster, EtcdCluster: meta.EtcdCluster, Epoch: 1, State: string(meta.State), Version: uint64(meta.Version)})
 	if op.err != nil {
 		return op.err
 	}
@@ -208,7 +208,7 @@ func (n *genNode) append(l *ledger, i int, e *entry.Entry) {
 		n.made = append(n.made, audit.Record{Key: l.keys.Entry(n.Writer, e.Chain, e.Seq), Value: stored, Create: n.mod, Mod: n.mod, Version: 1})
 	}
 	if n.head.Seq == 0 {
-		put(&entry.Entry{Op: entry.Open, Writer: n.Writer, Key: n.head.Key, Cluster: genCluster, Epoch: 1})
+		put(&entry.Entry{Op: entry.Open, Writer: n.Writer, Key: n.head.Key, Machine: n.head.Machine, Cluster: genCluster, Epoch: 1})
 	}
 	put(e)
 }
@@ -219,11 +219,12 @@ func (n *genNode) step(l *ledger, i int) {
 	if n.live == l.pods {
 		a := &n.addrs[n.oldest]
 		n.oldest, n.live = (n.oldest+1)%len(n.addrs), n.live-1
-		n.append(l, i, &entry.Entry{
+		gone := &entry.Entry{
 			Op: entry.Release, Space: space, Pool: pool, Acquire: a.lease.Acquire, Addresses: []entry.Address{{IP: a.ip}},
 			Network: a.id.Network, Container: a.id.Container, Interface: a.id.Interface, Node: a.id.Node, Pod: a.lease.Pod, PodUID: a.lease.PodUID,
-		})
-		a.address, a.mod = keyspace.Address{State: keyspace.Free, Pool: pool, Release: n.head.Head()}, n.mod
+		}
+		n.append(l, i, gone)
+		a.address, a.mod = keyspace.Address{State: keyspace.Free, Pool: pool, Release: n.head.Head(), Since: gone.Time}, n.mod
 		a.lease = keyspace.Attachment{}
 		return
 	}
@@ -237,8 +238,10 @@ func (n *genNode) step(l *ledger, i int) {
 		PodUID: fmt.Sprintf("%08x-%04x-4%03x-9%03x-%012x", x()>>32, x()>>48, x()>>52, x()>>52, x()>>16),
 		Leases: []keyspace.Lease{{Address: netip.PrefixFrom(a.ip, 8), Gateway: netip.AddrFrom4([4]byte{10, 0, 0, 1})}},
 	}
+	lease := a.lease.Leases[0]
 	e := &entry.Entry{
-		Op: entry.Acquire, Space: space, Pool: pool, Addresses: []entry.Address{{IP: a.ip, After: a.address.Release}},
+		Op: entry.Acquire, Space: space, Pool: pool,
+		Addresses: []entry.Address{{IP: a.ip, Bits: lease.Address.Bits(), Gateway: lease.Gateway, After: a.address.Release}},
 		Network: a.id.Network, Container: a.id.Container, Interface: a.id.Interface, Node: a.id.Node, Pod: a.lease.Pod, PodUID: a.lease.PodUID,
 	}
 	claim := at%64 == 0 && a.mod == 0
