@@ -310,7 +310,7 @@ func (m *Model) address(space string, ip netip.Addr, v *keyspace.Address, now ti
 	switch {
 	case v.State == keyspace.Leased && v.Holder != nil:
 		at.until = leased
-	case v.Cooling(now):
+	case v.State == keyspace.Free && v.Cooldown > 0 && v.Since.Sub(now) < v.Until().Sub(v.Since): // not by a clock that was far ahead
 		// To the second, and never too early.
 		at.until = uint32(min(max(0, v.Until().Add(time.Second-1).Unix()), leased-1))
 		if int64(at.until) <= m.now {
