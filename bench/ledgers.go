@@ -242,7 +242,7 @@ func (n *genNode) step(l *ledger, i int) {
 	e := &entry.Entry{
 		Op: entry.Acquire, Space: space, Pool: pool,
 		Addresses: []entry.Address{{IP: a.ip, Bits: lease.Address.Bits(), Gateway: lease.Gateway, After: a.address.Release}},
-		Network: a.id.Network, Container: a.id.Container, Interface: a.id.Interface, Node: a.id.Node, Pod: a.lease.Pod, PodUID: a.lease.PodUID,
+		Network:   a.id.Network, Container: a.id.Container, Interface: a.id.Interface, Node: a.id.Node, Pod: a.lease.Pod, PodUID: a.lease.PodUID,
 	}
 	claim := at%64 == 0 && a.mod == 0
 	if claim {
