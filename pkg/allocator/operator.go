@@ -543,22 +543,16 @@ func (s *session) importOne(l statedir.Holding, seen, dry bool, reason string) e
 		if dry {
 			return ErrBefore
 		}
-		return first(s.remember(l.ID, have), ErrBefore)
+		if err := s.remember(l.ID, have); err != nil {
+			return err
+		}
+		return ErrBefore
 	}
 	if seen {
 		return ErrEnded
 	}
 	s.dry = dry
 	return s.assert(l.ID, l.Value, entry.AssertImport, reason)
-}
-
-func first(errs ...error) error {
-	for _, err := range errs {
-		if err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // assert leases given addresses to an attachment: those of an import, or those

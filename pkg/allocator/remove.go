@@ -110,16 +110,16 @@ type Ended struct {
 func (w *Writer) End(ctx context.Context, b *Belongings, remove bool, reason string) (*Ended, error) {
 	out := new(Ended)
 	all := *b
-	var guard *guard
+	var closed *guard
 	if remove && b.Chain != (entry.ChainID{}) {
 		node := entry.Writer{Kind: entry.KindNode, Name: b.Node}
-		closed, err := w.Replace(ctx, Replacement{Writer: node, Chain: b.Chain, Remove: true}, reason)
-		out.Closed = closed.Last
+		done, err := w.Replace(ctx, Replacement{Writer: node, Chain: b.Chain, Remove: true}, reason)
+		out.Closed = done.Last
 		if err != nil {
 			return out, err
 		}
 		// What follows is done only while the node is closed by this very close.
-		guard = newGuard(w.Keys.Writer(node), closed.By)
+		closed = &guard{w.Keys.Writer(node), done.By}
 		// What it did on that chain until it was closed belongs to it, too.
 		last, err := w.Belongings(ctx, b.Node)
 		if err != nil {
@@ -137,7 +137,7 @@ func (w *Writer) End(ctx context.Context, b *Belongings, remove bool, reason str
 		}
 	}
 	for _, l := range all.Leases {
-		err := w.releaseLease(ctx, &session{Writer: w, anyState: true, guard: guard}, l.ID, l.Value.Acquire, reason)
+		err := w.releaseLease(ctx, &session{Writer: w, anyState: true, guard: closed}, l.ID, l.Value.Acquire, reason)
 		if errors.Is(err, ErrNotFound) {
 			continue
 		} else if err != nil {
@@ -146,7 +146,7 @@ func (w *Writer) End(ctx context.Context, b *Belongings, remove bool, reason str
 		out.Released = append(out.Released, l.ID)
 	}
 	for _, c := range all.Claims {
-		switch err := w.withSession(ctx, &session{Writer: w, guard: guard}, unclaim(c, reason)); {
+		switch err := w.withSession(ctx, &session{Writer: w, guard: closed}, unclaim(c, reason)); {
 		case errors.Is(err, ErrNotFound):
 		case errors.Is(err, errGuarded):
 			return out, err
@@ -167,8 +167,6 @@ type guard struct {
 	key   string
 	close entry.Ref
 }
-
-func newGuard(key string, close entry.Ref) *guard { return &guard{key, close} }
 
 // errGuarded is the ErrConflict of a guard.
 var errGuarded = fmt.Errorf("%w", ErrConflict)
