@@ -1124,6 +1124,33 @@ func TestRecoverStartLate(t *testing.T) {
 	b.must(t, func(x *Writer) error { _, err := x.Freeze(bg, "test"); return err })
 }
 
+// TestRecoverStartTwice: a 'recover start' that came to etcd, and whose operator died
+// before noting that, can be followed by another that dies before it is sent.
+func TestRecoverStartTwice(t *testing.T) {
+	w := newWorld(t, 1)
+	defer w.store.check(t)
+	w.init(t)
+	start := func(epoch uint64) func(x *Writer) error {
+		return func(x *Writer) error { _, _, err := x.RecoverStart(bg, epoch, "test"); return err }
+	}
+	w.admin.conn.next = killApplied
+	if err := w.admin.run(start(0)); !errors.Is(err, errKilled) {
+		t.Fatal(err)
+	}
+	w.admin.reconnect()
+	w.step = func(at string) {
+		if at == "begun" {
+			panic(killed{})
+		}
+	}
+	if err := w.admin.run(start(7)); !errors.Is(err, errKilled) {
+		t.Fatal(err)
+	}
+	w.step = nil
+	w.admin.must(t, func(x *Writer) error { _, err := x.Freeze(bg, "test"); return err })
+	w.admin.must(t, start(7))
+}
+
 // TestTwinByRecover: a twin that wrote first is noticed, whatever the original does
 // first after its boot.
 func TestTwinByRecover(t *testing.T) {

@@ -67,6 +67,12 @@ func (w *Writer) RecoverStart(ctx context.Context, epoch uint64, reason string) 
 // proposed is the epoch that is in etcd, where v's is one that is not there yet.
 func (s *session) renew(v *view, proposed uint64) error {
 	m := statedir.Mark{Recovering: s.Config.Writer.Kind == entry.KindNode, Proposed: proposed}
+	if s.mark != nil && s.mark.Seq == 0 && v.writer != nil && v.writer.Chain == s.mark.Chain {
+		// The chain was opened by a process that did not live to note it.
+		if err := s.follow(v, Range{More: true}); err != nil {
+			return err
+		}
+	}
 	if s.mark != nil {
 		if proposed > 0 {
 			if m.Proposed = s.mark.Proposed; m.Proposed == 0 {
