@@ -1,6 +1,8 @@
 package main
 
 import (
+	"errors"
+
 	"github.com/spf13/cobra"
 
 	"github.com/ipam-ledger/ipam-ledger/pkg/statedir"
@@ -64,22 +66,24 @@ some along by itself.`,
 				return err
 			}
 			defer done()
-			before, err := w.Dir.Queue()
-			if err != nil {
-				return err
-			}
-			if len(before) == 0 {
-				a.printf("no release waits\n")
-				return nil
-			}
+			// A file that cannot be read keeps no other release waiting.
+			before, unread := w.Dir.Queue()
 			left, err := w.Drain(cmd.Context())
 			if err != nil {
 				return err
 			}
-			if left > 0 {
-				return refuse("the warning above says why; 'ledger doctor' looks further", "%s of %d cannot be settled now and wait on", count(left, "release"), len(before))
+			if n := len(before) - left; n > 0 {
+				a.printf("%s settled\n", count(n, "release"))
 			}
-			a.printf("%s settled\n", count(len(before), "release"))
+			if left > 0 {
+				return errors.Join(refuse("the warning above says why; 'ledger doctor' looks further", "%s of %d cannot be settled now and wait on", count(left, "release"), len(before)), unread)
+			}
+			if unread != nil {
+				return refuse("'ledger gc' frees the address of a pod that is gone; then move the file away", "a release that waits cannot be read: %w", unread)
+			}
+			if len(before) == 0 {
+				a.printf("no release waits\n")
+			}
 			return nil
 		},
 	})
