@@ -837,6 +837,51 @@ func TestImportAgain(t *testing.T) {
 	}
 }
 
+// onConnect calls f before each connection, which is before the lock.
+type onConnect struct {
+	Store
+	f func()
+}
+
+func (c *onConnect) Connect(ctx context.Context) error {
+	c.f()
+	return c.Store.Connect(ctx)
+}
+
+// TestImportBetween: a pod that gets its address and goes while its node imports is
+// not brought back.
+func TestImportBetween(t *testing.T) {
+	w := newWorld(t, 1)
+	defer w.store.check(t)
+	w.init(t)
+	a, p := w.nodes[0], mustPool(t, "10.22.0.0/24")
+	two := netip.MustParseAddr("10.22.0.20")
+	lease := func(c string, ip netip.Addr) statedir.Holding {
+		return statedir.Holding{ID: a.attachment(c), Value: keyspace.Attachment{
+			Space: "default", Pool: "net", Leases: []keyspace.Lease{{Address: netip.PrefixFrom(ip, 24)}},
+		}}
+	}
+	calls := 0
+	a.must(t, func(x *Writer) error {
+		x.Store = &onConnect{x.Store, func() {
+			if calls++; calls == 2 {
+				a.mustAdd(t, p, "two", two)
+				if err := a.del("two"); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}}
+		got, err := x.Import(bg, []statedir.Holding{lease("one", netip.MustParseAddr("10.22.0.10")), lease("two", two)}, false, "test")
+		if err == nil && (got[0] != nil || !errors.Is(got[1], ErrEnded)) {
+			t.Errorf("%v, want nil and %v", got, ErrEnded)
+		}
+		return err
+	})
+	if calls != 2 {
+		t.Errorf("%d connections", calls)
+	}
+}
+
 // TestFullPool: once a node knows a pool, an ADD in it that is full, or nearly so,
 // costs what changed since: at most six reads and 64 KiB, also when it is refused.
 func TestFullPool(t *testing.T) {

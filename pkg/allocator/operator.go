@@ -501,24 +501,35 @@ func (w *Writer) Import(ctx context.Context, leases []statedir.Holding, dry bool
 	for _, l := range leases {
 		ids[l.ID.String()] = true
 	}
-	seen := map[string]bool{} // who has had a lease
-	err := w.with(ctx, func(s *session) error {
-		if _, err := s.look(false); err != nil {
-			return err
+	// Who has had a lease, by the record up to head. The head is another where other
+	// processes of this node wrote between two leases.
+	var had map[string]bool
+	var head entry.Ref
+	read := func(s *session) error {
+		if had != nil && s.mark != nil && s.mark.Ref() == head {
+			return nil
 		}
-		return s.entries(w.Config.Writer, func(_ KV, e *entry.Entry, _ entry.Ref) {
+		found := map[string]bool{}
+		err := s.entries(w.Config.Writer, func(_ KV, e *entry.Entry, _ entry.Ref) {
 			if e != nil && e.Op == entry.Acquire && ids[e.Attachment()] {
-				seen[e.Attachment()] = true
+				found[e.Attachment()] = true
 			}
 		})
-	})
-	if err != nil {
-		return nil, err
+		if err == nil {
+			had = found
+		}
+		return err
 	}
 	out := make([]error, len(leases))
 	for i, l := range leases {
 		err := w.with(ctx, func(s *session) error {
-			return s.again(func() error { return s.importOne(l, seen[l.ID.String()], dry, reason) })
+			err := s.again(func() error {
+				return s.importOne(l, func() (bool, error) { err := read(s); return had[l.ID.String()], err }, dry, reason)
+			})
+			if s.mark != nil {
+				head = s.mark.Ref()
+			}
+			return err
 		})
 		if out[i] = err; err != nil && !errors.Is(err, ErrConflict) && !errors.Is(err, ErrBefore) && !errors.Is(err, ErrEnded) {
 			return out[:i], fmt.Errorf("%v: %w", l.ID, err) // what is wrong now is wrong for all that follow
@@ -527,8 +538,13 @@ func (w *Writer) Import(ctx context.Context, leases []statedir.Holding, dry bool
 	return out, nil
 }
 
-func (s *session) importOne(l statedir.Holding, seen, dry bool, reason string) error {
+// importOne is Import of one lease; had reports whether the attachment has had one.
+func (s *session) importOne(l statedir.Holding, had func() (bool, error), dry bool, reason string) error {
 	v, err := s.look(false, Get{Key: s.Keys.Attachment(l.ID)})
+	if err != nil {
+		return err
+	}
+	ended, err := had()
 	if err != nil {
 		return err
 	}
@@ -548,7 +564,7 @@ func (s *session) importOne(l statedir.Holding, seen, dry bool, reason string) e
 		}
 		return ErrBefore
 	}
-	if seen {
+	if ended {
 		return ErrEnded
 	}
 	s.dry = dry
