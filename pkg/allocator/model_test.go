@@ -37,7 +37,7 @@ type model struct {
 	next   int
 	// restored counts drills that are due: nothing may be allocated meanwhile.
 	restored  bool
-	replaced  map[string]bool // nodes that lost their state directory once
+	replaced  map[string]bool // nodes that lost their state directory once, or got an old one
 	old       []snapshot      // what was, for lists and decisions that are old when they are used
 	ill       map[string]bool // nodes that may be refused until somebody follows the named way out
 	colleague *machine        // another operator
@@ -663,8 +663,9 @@ func (m *model) drill() {
 	if away != nil {
 		m.comeBack(away)
 	}
-	// A node that lost its state directory holds what etcd says, also where the
-	// restore brought it back: that is for GC to find.
+	// A node that lost its state directory holds what etcd says, and one that was put
+	// back what its image says, also where the restore brought it back: that is for GC
+	// to find.
 	state := w.store.now()
 	for k := range state.keys {
 		if key, err := testKeys.Parse(k); err == nil && key.Kind == "attachments" && m.told[key.Attachment] == nil && m.replaced[key.Attachment.Node] {
@@ -985,6 +986,7 @@ func (m *model) putBack() {
 	}
 	n.reconnect()
 	m.ill[n.who.Name] = true
+	m.replaced[n.who.Name] = true // what it remembers of its pods is old
 }
 
 // loseNode: the machine's pods are gone, and its state directory.

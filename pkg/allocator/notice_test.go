@@ -167,6 +167,32 @@ func TestQueuedNotAsserted(t *testing.T) {
 	}
 }
 
+// TestQueueFileGone: a release that was queued, and whose file was then damaged and
+// moved away, is not asserted by a drill.
+func TestQueueFileGone(t *testing.T) {
+	w := newWorld(t, 1)
+	defer w.store.check(t)
+	w.init(t)
+	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	n.mustAdd(t, p, "a")
+	n.conn.next = killUnsent // what became of this one the DEL has to find out first
+	if _, err := n.add(p, "b"); !errors.Is(err, errKilled) {
+		t.Fatal(err)
+	}
+	n.reconnect()
+	n.conn.next = deafReads
+	if err := n.del("a"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.RemoveAll(filepath.Join(n.dir, "queue")); err != nil {
+		t.Fatal(err)
+	}
+	w.store.restore(1, true)
+	if r := w.drill(t)["n0"]; w.has(n, "a") != nil {
+		t.Errorf("the lease of a pod that is gone is back: %+v", r)
+	}
+}
+
 // TestAnotherCluster: an etcd with another cluster ID is not allocated from, even by
 // a node that has never been in one.
 func TestAnotherCluster(t *testing.T) {
