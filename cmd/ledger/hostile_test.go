@@ -19,6 +19,7 @@ import (
 // address once.
 func FuzzImport(f *testing.F) {
 	f.Add("10.1.0.2", "c1\neth0", "10.1.0.3", "c1\neth1", "eth0")
+	f.Add("fd00::", "c1\neth0", "10.1.0.0", "c2\neth0", "eth0")
 	f.Add("10.1.0.2", "c1\r\neth0\r\n", "fd00__2", "c1\neth0", "")
 	f.Add("10.1.0.1", "", "10.1.0.255", "c1", "eth0")
 	f.Add("fd00::2", "../c1\n\x1b[2J", "::ffff:10.1.0.2", "c1", "e\xff")
@@ -53,7 +54,7 @@ func FuzzImport(f *testing.F) {
 			}
 			for _, l := range x.Leases {
 				ip := l.Address.Addr()
-				if !four.Contains(ip) && !six.Contains(ip) || seen[ip] || ip == l.Gateway {
+				if !four.Contains(ip) && !six.Contains(ip) || seen[ip] || ip == l.Gateway || keyspace.Reserved(ip, l.Address) != "" {
 					t.Fatalf("%v would be imported", l)
 				}
 				seen[ip] = true

@@ -396,8 +396,13 @@ func readHostLocal(im *imports, node string, sets rangeSets) (list []*found, pro
 			if span := netipx.IPRangeFrom(r.Start, r.End); span.Contains(ip) {
 				lease.Range = span
 			}
-			if p := netipx.RangeOfPrefix(r.Subnet); ip == r.Gateway || ip.Is4() && (ip == p.From() || ip == p.To()) && r.Subnet.Bits() < 31 {
-				x.Problem = fmt.Sprintf("%v is the gateway, network or broadcast address of %v", ip, r.Subnet)
+			if why := keyspace.Reserved(ip, r.Subnet); why != "" {
+				x.Problem = fmt.Sprintf("%v is %s (%v)", ip, why, r.Subnet)
+			}
+			for _, r := range slices.Concat(sets...) {
+				if r.Gateway == ip {
+					x.Problem = fmt.Sprintf("%v is the gateway of %v", ip, r.Subnet)
+				}
 			}
 		}
 		for i, l := range x.Leases {

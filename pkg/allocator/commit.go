@@ -45,6 +45,10 @@ func (s *session) commit(v *view, c change) ([]entry.Ref, error) {
 	all := c.entries
 	opens := s.mark.Seq == 0
 	if opens {
+		if w := v.writer; w != nil && w.Closed.IsZero() && w.Key != s.vkey {
+			// Who verifies would have to believe it of anybody.
+			return nil, s.unfit(v, "its key is %.100q, this machine's is %q, and nobody closed its chain: a restore took back that this writer was replaced", w.Key, s.vkey)
+		}
 		all = append([]*entry.Entry{s.open(v)}, all...)
 	}
 	w := keyspace.Writer{

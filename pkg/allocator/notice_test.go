@@ -193,6 +193,40 @@ func TestQueueFileGone(t *testing.T) {
 	}
 }
 
+// TestReplacedAndRestored: a node whose replacement a restore has taken back has a
+// key that nothing vouches for. It is refused until it is replaced again.
+func TestReplacedAndRestored(t *testing.T) {
+	w := newWorld(t, 2)
+	defer w.store.check(t)
+	w.init(t)
+	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	n.mustAdd(t, p, "a")
+	w.nodes[1].mustAdd(t, p, "b")
+	before := w.store.now().revision
+	if err := os.RemoveAll(n.dir); err != nil {
+		t.Fatal(err)
+	}
+	replace := func(x *Writer) error {
+		_, err := x.Replace(bg, Replacement{Writer: n.who}, "test")
+		return err
+	}
+	w.admin.must(t, replace)
+	n.mustAdd(t, p, "c")
+	w.store.restore(int(w.store.now().revision-before), true)
+	w.admin.must(t, func(x *Writer) error { _, _, err := x.RecoverStart(bg, 0, "test"); return err })
+	n.reconnect()
+	err := n.run(func(x *Writer) error { _, err := x.Recover(bg, nil, "test"); return err })
+	if !errors.Is(err, ErrIntegrity) || !strings.Contains(err.Error(), "'ledger node replace n0'") {
+		t.Fatalf("recover node: %v", err)
+	}
+	w.admin.must(t, replace)
+	r := w.drill(t)["n0"]
+	if r == nil || !r.Done || w.has(n, "a") == nil || w.has(n, "c") == nil {
+		t.Errorf("%+v; it has %v and %v", r, w.has(n, "a"), w.has(n, "c"))
+	}
+	n.mustAdd(t, p, "d")
+}
+
 // TestAnotherCluster: an etcd with another cluster ID is not allocated from, even by
 // a node that has never been in one.
 func TestAnotherCluster(t *testing.T) {

@@ -180,6 +180,23 @@ func TestHugeRange(t *testing.T) {
 	}
 }
 
+// TestGatewayOfAnother: the gateway of one range set is handed out from no other.
+func TestGatewayOfAnother(t *testing.T) {
+	ip := netip.MustParseAddr
+	p, err := NewPool("default", "net", [][]keyspace.Range{
+		{{Subnet: netip.MustParsePrefix("10.0.0.0/8"), Start: ip("10.1.0.1"), End: ip("10.1.0.10"), Gateway: ip("10.0.0.1")}},
+		{{Subnet: netip.MustParsePrefix("10.1.0.0/16"), Start: ip("10.1.0.20"), End: ip("10.1.0.30"), Gateway: ip("10.1.0.1")}},
+	}, nil, false, 0, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := newWorld(t, 1)
+	defer w.store.check(t)
+	w.init(t)
+	got, err := w.nodes[0].add(p, "c1")
+	wantAddrs(t, got, err, "10.1.0.2", "10.1.0.20")
+}
+
 func TestBlockBits(t *testing.T) {
 	for _, c := range []struct {
 		subnet string

@@ -59,8 +59,15 @@ func NewPool(space, name string, sets [][]keyspace.Range, exclude *netipx.IPSet,
 		return nil, fmt.Errorf("pool %s: cooldown %v: want 0 to %v", name, cooldown, keyspace.MaxCooldown)
 	}
 	p := &Pool{Space: space, Name: name, Strict: strict, Cooldown: cooldown}
+	// A gateway is nobody's, whichever of the ranges it is in.
+	var gateways []netip.Addr
+	for _, ranges := range sets {
+		for _, r := range ranges {
+			gateways = append(gateways, r.Gateway)
+		}
+	}
 	for i, ranges := range sets {
-		set, err := newRangeSet(ranges, exclude, blockSize)
+		set, err := newRangeSet(ranges, exclude, gateways, blockSize)
 		if err != nil {
 			return nil, fmt.Errorf("pool %s, range set %d: %w", name, i, err)
 		}
@@ -93,7 +100,7 @@ func validateRange(r *keyspace.Range, four bool) error {
 	return nil
 }
 
-func newRangeSet(ranges []keyspace.Range, exclude *netipx.IPSet, blockSize int) (*RangeSet, error) {
+func newRangeSet(ranges []keyspace.Range, exclude *netipx.IPSet, gateways []netip.Addr, blockSize int) (*RangeSet, error) {
 	var set RangeSet
 	var all netipx.IPSetBuilder
 	for _, r := range ranges {
@@ -108,9 +115,9 @@ func newRangeSet(ranges []keyspace.Range, exclude *netipx.IPSet, blockSize int) 
 		if r.Subnet.Addr().Is4() {
 			b.Remove(netipx.PrefixLastIP(r.Subnet)) // broadcast
 		}
-		for _, q := range ranges {
-			if q.Gateway.IsValid() {
-				b.Remove(q.Gateway)
+		for _, g := range gateways {
+			if g.IsValid() {
+				b.Remove(g)
 			}
 		}
 		if exclude != nil {

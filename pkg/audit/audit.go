@@ -56,7 +56,7 @@
 // A frame:
 //
 //	0       1      type: H, E, S or Z
-//	1       4      key length k: at most 2048; 0 for H and Z
+//	1       4      key length k: at most 2097152; 0 for H and Z
 //	5       4      value length v: at most 2097152
 //	9       32     create revision, mod revision, version, etcd lease, 8 bytes
 //	               each; in E and S only

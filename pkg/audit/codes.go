@@ -32,6 +32,7 @@ const (
 	BrokenHistory  Code = "BROKEN-HISTORY"
 	TooSoon        Code = "TOO-SOON"
 	OutsidePool    Code = "OUTSIDE-POOL"
+	Frozen         Code = "FROZEN"
 	ReleaseNoHold  Code = "RELEASE-NO-HOLD"
 	DoubleClaim    Code = "DOUBLE-CLAIM"
 	AllocNoEntry   Code = "ALLOC-NO-ENTRY"
@@ -54,11 +55,11 @@ var Codes = []struct {
 	{Malformed, "an entry or a value is not what this program would have written: edited, torn, or of another program"},
 	{Unsigned, "an entry has no signature line"},
 	{BadSignature, "an entry is not signed by the key that was in force in its chain"},
-	{UntrustedKey, "a chain was opened with a key that is not in the key file, nor reached from one by rotation"},
+	{UntrustedKey, "a chain was opened with a key that is not in the key file, nor reached from one by rotation, or goes on with one that no entry gives it"},
 	{HashMismatch, "an entry's bytes are not those whose hash the next entry, or the writer's head, holds"},
 	{Missing, "entries are gone: a gap in a chain, a tail that the writer's head still names, or a predecessor"},
 	{HeadRollback, "the writer's head names an older entry than the chain's last: it was put back"},
-	{Fork, "a chain goes on in two ways: it was regrown by somebody with the key, goes on after it was closed, or a second chain was opened beside it"},
+	{Fork, "a chain goes on in two ways: it was regrown by somebody with the key, goes on after it was closed, or a second chain was opened beside it or with another key"},
 	{Replay, "an entry stands a second time at another place"},
 	{Order, "entries do not stand in the order in which they were signed, or keys not in the order of an export"},
 	{WrongChain, "an entry belongs to another chain or another cluster"},
@@ -67,13 +68,14 @@ var Codes = []struct {
 	{Rewritten, "an entry's key was written more than once; entries are written once"},
 	{LeasedKey, "a key has an etcd lease attached: it would vanish by itself"},
 	{Revision, "an entry's revision is not before its own commit, or goes back within its chain"},
-	{StaleEpoch, "a chain of an earlier epoch was extended after a recovery, or an epoch went back"},
+	{StaleEpoch, "a chain of an earlier epoch was extended after a recovery, one was opened in an epoch that never began, or an epoch went back"},
 	{DoubleAlloc, "an address was acquired while another attachment held it (I1)"},
 	{DoubleLease, "an attachment acquired while it held a lease already, or two addresses of one range (I2)"},
 	{BrokenHistory, "an acquire does not follow the last release of its address"},
 	{TooSoon, "an address was acquired before its cooldown was over, by the clocks of release and acquire"},
 	{OutsidePool, "an address was acquired that no pool hands out: a network's own, its broadcast, a gateway"},
-	{ReleaseNoHold, "a release or unclaim of what is not held by whom it names"},
+	{Frozen, "an address was acquired while the ledger was frozen, or asserted by a node that had recovered"},
+	{ReleaseNoHold, "a release or unclaim of what is not held by whom it names, or not as it says"},
 	{DoubleClaim, "a block was claimed while it was claimed already"},
 	{AllocNoEntry, "an address, attachment or block is held in etcd, and no entry says so (I3)"},
 	{StateMissing, "by the entries a key should be there, and it is not"},

@@ -15,13 +15,15 @@ import (
 	"os"
 	"sync"
 	"unsafe"
+
+	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
 )
 
 const (
 	exportMagic = "ipam-ledger/export/v1\n"
 	frameHead   = 9
 	frameRevs   = 32
-	maxKey      = 2048
+	maxKey      = 2 << 20 // whatever stands in etcd
 	maxValue    = 2 << 20
 	readChunk   = 1 << 20
 )
@@ -147,9 +149,7 @@ func newExport(r io.ReaderAt, size int64) (*Export, error) {
 	if t != 'H' {
 		return nil, fmt.Errorf("offset %d: frame %q where the header H is due", len(exportMagic), t)
 	}
-	d := json.NewDecoder(bytes.NewReader(rec.Value))
-	d.DisallowUnknownFields()
-	if err := d.Decode(&e.snap); err != nil {
+	if err := keyspace.Decode(rec.Value, &e.snap); err != nil {
 		return nil, fmt.Errorf("offset %d: header: %w", len(exportMagic), err)
 	}
 	e.body = f.offset()
@@ -266,9 +266,7 @@ func (e *Export) State(ctx context.Context, f func(Record) error) error {
 func (e *Export) check(at int64, value []byte, have end) []Finding {
 	where := fmt.Sprintf("offset %d", at)
 	var z end
-	d := json.NewDecoder(bytes.NewReader(value))
-	d.DisallowUnknownFields()
-	if err := d.Decode(&z); err != nil {
+	if err := keyspace.Decode(value, &z); err != nil {
 		return []Finding{{Code: ArchiveCorrupt, Where: where, Detail: "frame Z: " + err.Error()}}
 	}
 	var out []Finding

@@ -33,8 +33,7 @@ type live struct {
 func allShapes(t testing.TB) (*ledger, []live) {
 	l := newLedger(t)
 	op, a := l.writer(ann), l.writer(nodeA)
-	l.recovering = true
-	l.meta(op, keyspace.Frozen)
+	l.meta(op, keyspace.Running)
 	l.pool(op, "prod", `{"ranges":[[{"subnet":"10.22.0.0/16"}]]}`)
 	l.acquireIn(a, att("a", "c1"), []netip.Prefix{netip.MustParsePrefix("10.22.7.0/26")}, "10.22.7.2")
 	l.acquire(a, att("a", "c2"), "10.22.7.3", "fd00::3")
@@ -53,6 +52,8 @@ func allShapes(t testing.TB) (*ledger, []live) {
 	l.replace(op, l.writer("node/closed"))
 	l.closes(op, l.writer("node/removed"), true)
 	l.commit(l.writer("node/recovered"), &entry.Entry{Op: entry.Recover, Epoch: 1})
+	l.recovering = true
+	l.meta(op, keyspace.Frozen)
 	l.put(l.keys.Stop("a"), keyspace.Encode(keyspace.Stop{Node: "a", Found: "revision went back", Time: l.now}))
 
 	addr := func(s string) string { return l.keys.Address("default", netip.MustParseAddr(s)) }

@@ -59,6 +59,7 @@ type holding struct {
 	ips      []netip.Addr
 	acquire  entry.Ref
 	cooldown int64
+	pod, uid string
 }
 
 const testCluster = "2f1c7d1e-0d8d-4a53-9a3c-2f1c7d1e0d8d"
@@ -309,7 +310,7 @@ func (l *ledger) acquireAt(w *testWriter, a keyspace.AttachmentID, blocks []neti
 		Op: entry.Acquire, Space: "default", Pool: "prod", Blocks: blocks, Cooldown: l.cooldown, Assert: l.assert,
 		Node: a.Node, Network: a.Network, Container: a.Container, Interface: a.Interface, Pod: l.pod, PodUID: "u-" + a.Container, Trace: "t",
 	}
-	h := &holding{att: a, space: e.Space, pool: e.Pool, cooldown: e.Cooldown}
+	h := &holding{att: a, space: e.Space, pool: e.Pool, cooldown: e.Cooldown, pod: e.Pod, uid: e.PodUID}
 	v := keyspace.Attachment{Space: e.Space, Pool: e.Pool, Cooldown: e.Cooldown, Pod: e.Pod, PodUID: e.PodUID}
 	for _, ea := range aa {
 		ea.After = l.freed[ea.IP.String()]
@@ -338,7 +339,7 @@ func (l *ledger) releaseEntry(a keyspace.AttachmentID) *entry.Entry {
 	h := l.held[a.String()]
 	e := &entry.Entry{
 		Op: entry.Release, Space: h.space, Pool: h.pool, Acquire: h.acquire,
-		Node: a.Node, Network: a.Network, Container: a.Container, Interface: a.Interface,
+		Node: a.Node, Network: a.Network, Container: a.Container, Interface: a.Interface, Pod: h.pod, PodUID: h.uid,
 	}
 	for _, ip := range h.ips {
 		e.Addresses = append(e.Addresses, entry.Address{IP: ip})

@@ -52,18 +52,18 @@ type replay struct {
 	blocks map[blockKey]*block
 	pools  map[string]*pool
 
-	cluster  string
-	meta     metaState
-	entries  int64
-	first    int64
-	last     int64
-	lastKey  []byte
-	lastTime int64
-	lastTip  *chain
-	unknown  int64
-	leased   int64
-	live     int64 // attachments
-	skews    int
+	cluster   string
+	meta      metaState
+	entries   int64
+	first     int64
+	last      int64
+	lastKey   []byte
+	lastTime  int64
+	lastTip   *chain
+	unknown   int64
+	unvouched int64 // entries whose signatures nothing vouches for
+	leased    int64
+	live      int64 // attachments
 
 	// Gathered in the first reading: what a second one would put in its place.
 	moved *moved
@@ -115,25 +115,28 @@ type chain struct {
 	skewed bool
 	put    int64 // when the writer's head was put last with an entry: at least then
 
-	epoch    uint64 // 0 where the open is not there to say it
-	machine  string
-	closer   entry.Ref // another writer's close of exactly this chain
-	removed  bool      // by closer
-	recover  entry.Ref // the last
-	unknown  bool      // it has entries of a newer version, and so had meta by then
-	key      note.Verifier
-	keyText  string
-	keys     []note.Verifier
-	trusted  bool
-	keyless  bool // its open is of a newer version
-	unsure   bool // something is gone or unreadable: a rotation may have been
-	closed   bool
-	ended    bool // a later chain names this one
-	stale    bool // reported
-	extended bool // reported
-	missing  []seqRange
-	strays   []stray
-	names    [3]internCache
+	epoch     uint64 // 0 where the open is not there to say it
+	ahead     int64  // the revision of an open of a later epoch than the cluster's: the next entry must begin that epoch
+	opened    int64  // where the open stands in the stream
+	machine   string
+	closer    entry.Ref // another writer's close of exactly this chain
+	removed   bool      // by closer
+	recover   entry.Ref // the last
+	unknown   bool      // it has entries of a newer version, and so had meta by then
+	key       note.Verifier
+	keyText   string
+	keys      []note.Verifier
+	trusted   bool
+	keyless   bool // its open is of a newer version
+	unsure    bool // something is gone or unreadable: a rotation may have been
+	unvouched bool // and what follows is signed with another key
+	closed    bool
+	ended     bool // a later chain names this one
+	stale     bool // reported
+	extended  bool // reported
+	missing   []seqRange
+	strays    []stray
+	names     [3]internCache
 }
 
 type internCache struct {
@@ -185,6 +188,10 @@ type attachment struct {
 }
 
 func (a *attachment) key() []byte { return a.text[:a.pod] }
+
+func (a *attachment) says(pod, uid string) bool {
+	return string(a.text[a.pod:a.uid]) == pod && string(a.text[a.uid:]) == uid
+}
 
 func (a *attachment) ips() []netip.Addr {
 	out := make([]netip.Addr, 0, len(a.leases))
@@ -495,9 +502,13 @@ func (r *replay) entry(b *batch, it *item) {
 	}
 
 	if c.key != nil && (c.unsure || it.seq > c.seq+1) && it.e.Signature.Name == c.w.name && it.e.Signature.KeyID != c.key.KeyHash() {
-		// A rotation may be among what is gone, which is a finding already. What
-		// follows is signed with a key that nothing vouches for.
-		c.key, c.unsure = nil, false
+		// A rotation may be among what is gone, or not: nothing vouches for this key.
+		r.log.add(with(r.finding(UntrustedKey, it, "after entries that are gone or cannot be read the chain goes on with a key that no entry gives it; signatures from here on are not checked"),
+			keyName(c.key), sigName(&it.e.Signature)))
+		c.key, c.unsure, c.unvouched = nil, false, true
+	}
+	if c.unvouched {
+		r.unvouched++
 	}
 	if it.seq > c.seq+1 && it.err == nil && it.e.Chain == it.chain && it.e.Seq == it.seq {
 		r.nameBefore(place{it.chain, it.seq - 1}, it.e.Prev)
@@ -743,12 +754,11 @@ func (r *replay) sign(b *batch, it *item, c *chain) {
 const (
 	skewInChain = int64(time.Second)
 	skewAcross  = int64(5 * time.Minute)
-	maxSkews    = 100
 )
 
 func (r *replay) clock(c *chain, it *item) {
 	t := it.e.Time.UnixNano()
-	if !c.skewed && r.skews < maxSkews {
+	if !c.skewed {
 		var f *Finding
 		switch {
 		case c.time-t > skewInChain:
@@ -760,7 +770,6 @@ func (r *replay) clock(c *chain, it *item) {
 		}
 		if f != nil {
 			c.skewed = true
-			r.skews++
 			r.log.warn(f)
 		}
 	}
@@ -795,6 +804,12 @@ func (r *replay) extend(b *batch, c *chain, it *item) {
 			r.sign(b, it, c)
 		}
 	}
+	if c.ahead != 0 && it.seq > 1 {
+		if it.seq != 2 || e.Op != entry.Meta || e.Epoch != c.epoch || r.mod(it) != c.ahead {
+			r.log.add(r.tooEarly(c))
+		}
+		c.ahead = 0
+	}
 	if e.Node != "" && c.w.kind != entry.KindOperator && (c.w.kind != entry.KindNode || e.Node != c.w.name[len("node/"):]) {
 		r.report(b, it, c, with(r.finding(WrongNode, it, "it records what is another node's"), c.w.name, "node/"+e.Node))
 	}
@@ -804,6 +819,8 @@ func (r *replay) extend(b *batch, c *chain, it *item) {
 	case entry.Close:
 		r.close(b, c, it)
 	case entry.Acquire:
+		r.nodeOnly(b, c, it)
+		r.thawed(b, c, it)
 		r.claim(b, c, it)
 		r.acquire(b, c, it)
 	case entry.Release:
@@ -818,6 +835,7 @@ func (r *replay) extend(b *batch, c *chain, it *item) {
 	case entry.Meta:
 		r.metaEntry(b, c, it)
 	case entry.Recover:
+		r.nodeOnly(b, c, it)
 		if e.Epoch != c.epoch {
 			r.report(b, it, c, with(r.finding(StaleEpoch, it, "a recover entry of another epoch than its chain's"), fmt.Sprintf("epoch %d", c.epoch), fmt.Sprintf("epoch %d", e.Epoch)))
 		}
@@ -831,6 +849,33 @@ func (r *replay) operatorOnly(b *batch, c *chain, it *item) bool {
 		return false
 	}
 	return true
+}
+
+func (r *replay) nodeOnly(b *batch, c *chain, it *item) {
+	if c.w.kind != entry.KindNode {
+		r.report(b, it, c, with(r.finding(WrongNode, it, "only a node records %s", it.e.Op), "node/…", c.w.name))
+	}
+}
+
+// thawed judges an acquire by whether anybody may acquire: while the ledger is frozen
+// a node may assert what it held before a restore, until its recover entry.
+func (r *replay) thawed(b *batch, c *chain, it *item) {
+	recovers := it.e.Assert == entry.AssertRecover
+	switch {
+	case recovers && !c.recover.IsZero():
+		r.judge(b, it, c, with(r.finding(Frozen, it, "a node asserts what it held before a restore, and has recovered from that already"), "before "+c.recover.String(), r.ref(it).String()))
+	case !recovers && r.meta.State == keyspace.Frozen:
+		r.judge(b, it, c, with(r.finding(Frozen, it, "an address is acquired while nobody may"), "a ledger that is running", "frozen by "+r.meta.Entry.String()))
+	}
+}
+
+// tooEarly is the finding about a chain of an epoch that it does not begin.
+func (r *replay) tooEarly(c *chain) *Finding {
+	return &Finding{
+		Code: StaleEpoch, Where: c.keyOf(1), Writer: c.w.name, Chain: c.id.String(), Seq: 1, Revision: c.ahead, order: c.opened,
+		Detail: "the chain is opened in a later epoch than the cluster's, and does not begin it",
+		Want:   fmt.Sprintf("a meta entry of epoch %d, at revision %d", c.epoch, c.ahead), Got: "none",
+	}
 }
 
 func (r *replay) open(b *batch, c *chain, it *item) {
@@ -852,9 +897,12 @@ func (r *replay) open(b *batch, c *chain, it *item) {
 			r.report(b, it, c, with(r.finding(UntrustedKey, it, "the chain is opened with a key that is not among the trusted ones"), "a key of the key file", c.keyText))
 		}
 	}
-	// An operator's chain of a later epoch opens before the meta entry that
-	// starts it; nobody else's does.
-	if e.Epoch < r.meta.Epoch || e.Epoch > r.meta.Epoch && c.w.kind != entry.KindOperator {
+	// Of a later epoch is only the operator's chain that begins it, in the same
+	// transaction.
+	switch {
+	case e.Epoch > r.meta.Epoch && c.w.kind == entry.KindOperator:
+		c.ahead, c.opened = r.mod(it), it.ord
+	case e.Epoch != r.meta.Epoch:
 		r.report(b, it, c, with(r.finding(StaleEpoch, it, "the chain is opened in another epoch than the cluster's"), fmt.Sprintf("epoch %d", r.meta.Epoch), fmt.Sprintf("epoch %d", e.Epoch)))
 	}
 
@@ -874,6 +922,8 @@ func (r *replay) open(b *batch, c *chain, it *item) {
 			r.report(b, it, c, with(r.finding(Fork, it, "it does not continue the writer's chain %s where that ends", before.id.Short()), tip.String(), e.Predecessor.String()))
 		case !before.closed && before.epoch >= e.Epoch:
 			r.report(b, it, c, r.finding(Fork, it, "a second chain beside %s, which was not closed and is not of an earlier epoch", before.id.Short()))
+		case before.closer.IsZero() && before.key != nil && e.Key != before.keyText:
+			r.report(b, it, c, with(r.finding(Fork, it, "it continues %s with another key, and no operator closed that", before.id.Short()), before.keyText, e.Key))
 		}
 	}
 	if m := e.Mark; !m.IsZero() {
@@ -899,10 +949,20 @@ func (r *replay) useKey(c *chain, vkey string) {
 	c.keys = append(c.keys, v)
 }
 
+// had is whether the chain has had a key.
+func (c *chain) had(vkey string) bool {
+	v, err := note.NewVerifier(vkey)
+	return err == nil && slices.ContainsFunc(c.keys, func(k note.Verifier) bool { return k.KeyHash() == v.KeyHash() })
+}
+
 func (r *replay) rotate(b *batch, c *chain, it *item) {
 	name, _, _ := strings.Cut(it.e.Key, "+")
 	if name != c.w.name {
 		r.report(b, it, c, with(r.finding(UntrustedKey, it, "the new key is another writer's"), c.w.name, name))
+		return
+	}
+	if c.had(it.e.Key) {
+		r.report(b, it, c, with(r.finding(UntrustedKey, it, "the new key is one that the chain has had"), "another key", it.e.Key))
 		return
 	}
 	r.useKey(c, it.e.Key)
@@ -956,6 +1016,9 @@ func (r *replay) metaEntry(b *batch, c *chain, it *item) {
 	}
 	if r.cluster != "" && e.Cluster != r.cluster {
 		r.report(b, it, c, with(r.finding(WrongChain, it, "the entry is about another cluster"), r.cluster, e.Cluster))
+	}
+	if e.Version < keyspace.FormatVersion {
+		r.report(b, it, c, with(r.finding(UnknownEntry, it, "the ledger is of an older version than this program reads"), fmt.Sprint(keyspace.FormatVersion), fmt.Sprint(e.Version)))
 	}
 	r.meta.Meta = keyspace.Meta{
 		Version: int(e.Version), Cluster: strings.Clone(e.Cluster), EtcdCluster: strings.Clone(e.EtcdCluster), Epoch: max(e.Epoch, r.meta.Epoch),
@@ -1141,15 +1204,8 @@ func (r *replay) permitted(b *batch, c *chain, it *item, a *entry.Address) {
 	outside := func(why string) {
 		r.report(b, it, c, with(r.finding(OutsidePool, it, "%s is %s", a.IP, why), "an address that a pool hands out", fmt.Sprintf("%v/%d", a.IP, a.Bits)))
 	}
-	if subnet := netip.PrefixFrom(a.IP, a.Bits); a.Bits <= a.IP.BitLen()-2 {
-		switch {
-		case a.IP == subnet.Masked().Addr() && a.IP.Is4():
-			outside("its network's own address")
-		case a.IP == subnet.Masked().Addr():
-			outside("its subnet's routers' anycast address")
-		case a.IP == netipx.PrefixLastIP(subnet) && a.IP.Is4():
-			outside("its network's broadcast address")
-		}
+	if why := keyspace.Reserved(a.IP, netip.PrefixFrom(a.IP, a.Bits)); why != "" {
+		outside(why)
 	}
 	if slices.ContainsFunc(addresses, func(o entry.Address) bool { return o.Gateway == a.IP }) {
 		outside("a gateway")
@@ -1190,6 +1246,9 @@ func (r *replay) release(b *batch, c *chain, it *item) {
 		r.judge(b, it, c, with(r.finding(ReleaseNoHold, it, "attachment %s holds nothing", key), "an open acquire", e.Acquire.String()))
 	case r.atts[i].acquire != e.Acquire:
 		r.judge(b, it, c, with(r.finding(ReleaseNoHold, it, "attachment %s holds by another acquire", key), r.atts[i].acquire.String(), e.Acquire.String()))
+	case r.atts[i].space != space || r.atts[i].pool != pool || !r.atts[i].says(e.Pod, e.PodUID):
+		r.judge(b, it, c, with(r.finding(ReleaseNoHold, it, "attachment %s holds in another space or pool, or for another pod", key),
+			fmt.Sprintf("%s/%s %q", r.name(r.atts[i].space), r.name(r.atts[i].pool), r.atts[i].text[r.atts[i].pod:]), fmt.Sprintf("%s/%s %q", e.Space, e.Pool, e.Pod+e.PodUID)))
 	case !slices.EqualFunc(r.atts[i].leases, ids, same):
 		r.judge(b, it, c, with(r.finding(ReleaseNoHold, it, "attachment %s holds other addresses", key), fmt.Sprint(r.atts[i].ips()), fmt.Sprint(addresses(e))))
 	}
@@ -1289,6 +1348,9 @@ func (r *replay) finish(b *batch) {
 	}
 	slices.SortFunc(cc, func(x, y *chain) int { return bytes.Compare(x.id[:], y.id[:]) })
 	for _, c := range cc {
+		if c.ahead != 0 {
+			r.log.add(r.tooEarly(c))
+		}
 		r.strays(c)
 	}
 }

@@ -139,7 +139,10 @@ func (d *diff) one(it *item) {
 // no, the slow way has the last word.
 func (d *diff) quick(it *item) bool {
 	r := d.r
-	rel, _ := strings.CutPrefix(it.key, r.prefix)
+	rel, ok := strings.CutPrefix(it.key, r.prefix)
+	if !ok {
+		return false
+	}
 	if k, ok := strings.CutPrefix(rel, "attachments/"); ok && strings.Count(k, "/") == 3 {
 		key := it.keyBytes[len(it.key)-len(k):]
 		i := r.findAtt(key, maphash.Bytes(r.seed, key))

@@ -1,6 +1,7 @@
 package audit
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"math"
@@ -19,6 +20,8 @@ import (
 type findings struct {
 	mu       sync.Mutex
 	list     []Finding
+	groups   map[group][]int // of the list, by whom and what they are about
+	most     int             // no group has more
 	count    int64
 	byCode   map[Code]int64
 	badSigs  map[string]bool // where BAD-SIGNATURE was said already
@@ -31,15 +34,64 @@ type findings struct {
 	sigs     int64
 }
 
-func newFindings() *findings {
-	return &findings{byCode: map[Code]int64{}, badSigs: map[string]bool{}, doubts: map[Code][]Finding{}, doubtful: map[Code]int64{}, folded: map[Code]int64{}}
+// group is of whom and what findings are. One writer with a thousand of one kind
+// must not hide what others have done.
+type group struct {
+	writer string
+	code   Code
 }
 
-// own gives a finding memory of its own: what it was made of is reused.
+func newFindings() *findings {
+	return &findings{
+		groups: map[group][]int{}, most: MaxFindings, byCode: map[Code]int64{}, badSigs: map[string]bool{},
+		doubts: map[Code][]Finding{}, doubtful: map[Code]int64{}, folded: map[Code]int64{},
+	}
+}
+
+// own gives a finding memory of its own: what it was made of is reused. A key is as
+// long as whoever puts it likes.
 func (f *Finding) own() Finding {
 	c := *f
-	c.Where, c.Writer, c.Want, c.Got = strings.Clone(f.Where), strings.Clone(f.Writer), strings.Clone(f.Want), strings.Clone(f.Got)
+	for _, s := range []*string{&c.Where, &c.Writer, &c.Detail, &c.Want, &c.Got} {
+		if *s = strings.Clone((*s)[:min(len(*s), maxText)]); len(*s) == maxText {
+			*s += "…"
+		}
+	}
 	return c
+}
+
+// maxText is how much of a text a finding has, in bytes.
+const maxText = 2048
+
+// keep lists a finding. Where the list is full, the group with most in it gives a
+// place to one with fewer.
+func (l *findings) keep(f *Finding) {
+	g := group{f.Writer, f.Code}
+	if len(l.list) < MaxFindings {
+		o := f.own()
+		g.writer = o.Writer
+		l.groups[g] = append(l.groups[g], len(l.list))
+		l.list = append(l.list, o)
+		return
+	}
+	if len(l.groups[g])+1 >= l.most {
+		return
+	}
+	var largest group
+	for x, at := range l.groups {
+		if n := len(l.groups[largest]); len(at) > n || len(at) == n && (x.writer+string(x.code) < largest.writer+string(largest.code)) {
+			largest = x
+		}
+	}
+	at := l.groups[largest]
+	if l.most = len(at); len(l.groups[g])+1 >= l.most {
+		return
+	}
+	i := at[len(at)-1]
+	l.groups[largest] = at[:len(at)-1]
+	l.list[i] = f.own()
+	g.writer = l.list[i].Writer
+	l.groups[g] = append(l.groups[g], i)
 }
 
 func (l *findings) add(f *Finding) {
@@ -55,9 +107,7 @@ func (l *findings) add(f *Finding) {
 	}
 	l.count++
 	l.byCode[f.Code]++
-	if len(l.list) < MaxFindings {
-		l.list = append(l.list, f.own())
-	}
+	l.keep(f)
 }
 
 // doubt saves what is a finding, unless the ledger is of a newer version: then
@@ -241,6 +291,11 @@ func (r *replay) checkTips(workers int) {
 	wg.Wait()
 }
 
+// earlier orders findings as what they are about was read.
+func earlier(a, b Finding) int {
+	return cmp.Or(cmp.Compare(a.order, b.order), strings.Compare(a.Where, b.Where), strings.Compare(string(a.Code)+a.Detail, string(b.Code)+b.Detail))
+}
+
 func (r *replay) reportOf(d *diff, o *Options) *Report {
 	l := r.log
 	p := &Report{
@@ -253,18 +308,7 @@ func (r *replay) reportOf(d *diff, o *Options) *Report {
 	if r.meta.set {
 		p.Cluster = r.meta.Cluster
 	}
-	slices.SortStableFunc(p.Findings, func(a, b Finding) int {
-		switch {
-		case a.order != b.order:
-			if a.order < b.order {
-				return -1
-			}
-			return 1
-		case a.Where != b.Where:
-			return strings.Compare(a.Where, b.Where)
-		}
-		return strings.Compare(string(a.Code)+a.Detail, string(b.Code)+b.Detail)
-	})
+	slices.SortStableFunc(p.Findings, earlier)
 	if d.newer {
 		p.Reduced = append(p.Reduced, fmt.Sprintf("meta is of version %d, and this program knows %d: use a newer 'ledger'", r.meta.Version, keyspace.FormatVersion))
 	}
@@ -274,10 +318,17 @@ func (r *replay) reportOf(d *diff, o *Options) *Report {
 	if n := r.keyless(); n > 0 {
 		p.Reduced = append(p.Reduced, fmt.Sprintf("%d chains were opened by an entry that this program does not know: with which key is not known, and their signatures were not checked", n))
 	}
+	if r.unvouched > 0 {
+		p.Reduced = append(p.Reduced, fmt.Sprintf("%d entries after a gap are signed with keys that no entry gives: their signatures were not checked", r.unvouched))
+	}
 	if len(l.folded) > 0 {
 		var cc []string
 		for c, n := range l.folded {
-			cc = append(cc, fmt.Sprintf("%d %s", n, c))
+			where := ""
+			if list := l.doubts[c]; len(list) > 0 {
+				where = " (" + slices.MinFunc(list, earlier).Where + ")"
+			}
+			cc = append(cc, fmt.Sprintf("%d %s%s", n, c, where))
 		}
 		sort.Strings(cc)
 		p.Reduced = append(p.Reduced, "not judged, as entries that are not known may explain it: "+strings.Join(cc, ", "))

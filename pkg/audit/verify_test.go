@@ -75,7 +75,9 @@ func restored(t *testing.T, l, old *ledger, epoch uint64) *ledger {
 		}
 		for k, h := range l.held {
 			if "node/"+h.att.Node == name && r.held[k] == nil {
+				r.assert = entry.AssertRecover
 				r.acquire(w, h.att, h.ips[0].String())
+				r.assert = ""
 			}
 		}
 		r.commit(w, &entry.Entry{Op: entry.Recover, Epoch: epoch})

@@ -476,6 +476,23 @@ type Range struct {
 	Gateway netip.Addr   `json:"gateway,omitzero"`
 }
 
+// Reserved says why no pool hands out an address of a subnet: it is the network's
+// own, the routers' anycast (RFC 4291, 2.6.1) or the broadcast address. It is empty
+// where a pool may, as in subnets of one or two addresses.
+func Reserved(ip netip.Addr, subnet netip.Prefix) string {
+	switch {
+	case subnet.Bits() > ip.BitLen()-2:
+		return ""
+	case ip == subnet.Masked().Addr() && ip.Is4():
+		return "its network's own address"
+	case ip == subnet.Masked().Addr():
+		return "its subnet's routers' anycast address"
+	case ip.Is4() && ip == netipx.PrefixLastIP(subnet):
+		return "its network's broadcast address"
+	}
+	return ""
+}
+
 // Pool is the spec of a named pool.
 type Pool struct {
 	Ranges         [][]Range `json:"ranges"`
