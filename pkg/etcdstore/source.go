@@ -9,11 +9,13 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc/codes"
 
 	"github.com/ipam-ledger/ipam-ledger/pkg/audit"
 	"github.com/ipam-ledger/ipam-ledger/pkg/keyspace"
@@ -29,7 +31,8 @@ type Source struct {
 	client   *clientv3.Client
 	keys     keyspace.Keys
 	snapshot audit.Snapshot
-	within   [][2]string // of State; nil: all
+	within   [][2]string  // of State; nil: all
+	most     atomic.Int64 // keys in a page; 0: as many as are asked for
 }
 
 // Within limits State to ranges of keys, each up to but not including its end:
@@ -82,17 +85,28 @@ func (s *Source) State(ctx context.Context, f func(audit.Record) error) error {
 	return nil
 }
 
+// page reads up to limit keys, and fewer where so many do not come in time: whoever
+// may write can make each of them a megabyte long.
 func (s *Source) page(ctx context.Context, from, end string, limit int64, opts ...clientv3.OpOption) ([]*mvccpb.KeyValue, bool, error) {
-	opts = append(opts, clientv3.WithRange(end), clientv3.WithRev(s.snapshot.Revision), clientv3.WithLimit(limit), clientv3.WithSerializable())
-	r, err := s.client.Get(ctx, from, opts...)
-	if errors.Is(err, rpctypes.ErrFutureRev) {
-		// A member that lags has not seen the revision yet: ask linearizable.
-		r, err = s.client.Get(ctx, from, opts[:len(opts)-1]...)
+	opts = append(opts, clientv3.WithRange(end), clientv3.WithRev(s.snapshot.Revision), clientv3.WithSerializable())
+	for {
+		if most := s.most.Load(); most > 0 {
+			limit = min(limit, most)
+		}
+		r, err := s.client.Get(ctx, from, append(opts, clientv3.WithLimit(limit))...)
+		if errors.Is(err, rpctypes.ErrFutureRev) {
+			// A member that lags has not seen the revision yet: ask linearizable.
+			r, err = s.client.Get(ctx, from, append(opts[:len(opts)-1:len(opts)-1], clientv3.WithLimit(limit))...)
+		}
+		if err == nil {
+			return r.Kvs, r.More, nil
+		}
+		late := errors.Is(err, context.DeadlineExceeded) || code(err) == codes.DeadlineExceeded || code(err) == codes.ResourceExhausted
+		if limit == 1 || !late || ctx.Err() != nil {
+			return nil, false, s.failed(err)
+		}
+		s.most.Store(max(1, limit/8))
 	}
-	if err != nil {
-		return nil, false, s.failed(err)
-	}
-	return r.Kvs, r.More, nil
 }
 
 func (s *Source) failed(err error) error {

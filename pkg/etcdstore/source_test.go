@@ -2,12 +2,14 @@ package etcdstore_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
 	"testing"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
 
 	"github.com/ipam-ledger/ipam-ledger/internal/etcdtest"
 	"github.com/ipam-ledger/ipam-ledger/pkg/audit"
@@ -97,5 +99,38 @@ func TestSourceYieldsEveryKeyOnce(t *testing.T) {
 		return nil
 	}); err != nil || state != 8 {
 		t.Fatalf("%d keys of state: %v", state, err)
+	}
+}
+
+// TestSourceLargeValues: keys with values as large as etcd takes keep nobody from
+// reading the rest: the pages become smaller.
+func TestSourceLargeValues(t *testing.T) {
+	e := etcdtest.Start(t)
+	c := e.Client(t)
+	keys, err := keyspace.New(keyspace.DefaultPrefix)
+	if err != nil {
+		t.Fatal(err)
+	}
+	large := strings.Repeat("x", 1<<20)
+	for i := range 12 {
+		for _, key := range []string{fmt.Sprint(keys.Prefix(), "aaa", i), fmt.Sprint(keys.Chains(), "node/a/", i)} {
+			if _, err := c.Put(t.Context(), key, large); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	small, err := clientv3.New(clientv3.Config{Endpoints: c.Endpoints(), MaxCallRecvMsgSize: 3 << 20, Logger: zap.NewNop()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer small.Close()
+	src, err := etcdstore.Open(t.Context(), small, keys)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	count := func(audit.Record) error { n++; return nil }
+	if err := errors.Join(src.State(t.Context(), count), src.Entries(t.Context(), count)); err != nil || n != 24 {
+		t.Fatalf("%d of 24 keys: %v", n, err)
 	}
 }
