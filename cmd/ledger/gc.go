@@ -57,8 +57,7 @@ func (r *runtimeList) read(ctx context.Context, a *app) (leak.Containers, string
 	}
 	// The list may come from a pipe whose other end failed.
 	if len(ids) == 0 {
-		return nil, "", given{}, refuse("where nothing runs, let --cri say so",
-			"--containers %s lists no sandbox: all that this node holds would be released", r.containers)
+		return nil, "", given{}, usage("--containers %s lists no sandbox: all that this node holds would be released; where nothing runs, let --cri say so", r.containers)
 	}
 	return ids, "the list given", from, nil
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -127,6 +128,15 @@ func (a *app) runImport(ctx context.Context, im *imports, reason string) error {
 		}
 	}
 	if len(ask) > 0 {
+		if s, err := a.settings(); err != nil {
+			return err
+		} else if _, err := os.Stat(s.StateDir); im.dry && errors.Is(err, fs.ErrNotExist) {
+			// A look leaves no state directory on a host that has none.
+			if s.StateDir, err = os.MkdirTemp("", "ledger-dry-run-"); err != nil {
+				return err
+			}
+			defer os.RemoveAll(s.StateDir)
+		}
 		w, done, err := a.node(true)
 		if err != nil {
 			return err

@@ -43,7 +43,7 @@ Make sure that no second machine runs under that name.`,
 	c.Flags().BoolVar(&operator, "operator", false, "NODE is an operator's name, not a node's")
 	reason := reasonFlag(c)
 	c.RunE = func(cmd *cobra.Command, args []string) error {
-		if err := needReason(*reason); err != nil {
+		if err := a.needReason(cmd.Context(), reason); err != nil {
 			return err
 		}
 		lost := entry.Writer{Kind: entry.KindNode, Name: args[0]}
@@ -351,7 +351,7 @@ func (a *app) sayFarewell(ctx context.Context, f *farewell) error {
 		return usage("%w", err)
 	}
 	if !f.dry {
-		if err := needReason(f.reason); err != nil {
+		if err := a.needReason(ctx, &f.reason); err != nil {
 			return err
 		}
 	}

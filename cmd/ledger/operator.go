@@ -27,12 +27,16 @@ func reasonFlag(c *cobra.Command) *string {
 	return c.Flags().String("reason", "", "why, for the record: `text`")
 }
 
-func needReason(reason string) error {
-	if strings.TrimSpace(reason) == "" {
+// needReason wants a reason, and asks for it on a terminal.
+func (a *app) needReason(ctx context.Context, reason *string) error {
+	if strings.TrimSpace(*reason) == "" && a.terminalIn {
+		*reason = a.line(ctx, "why? it goes on the record: ")
+	}
+	if strings.TrimSpace(*reason) == "" {
 		return usage("say why with --reason TEXT: it goes on the record")
 	}
-	if len(reason) > entry.MaxText {
-		return usage("--reason has %d bytes: at most %d", len(reason), entry.MaxText)
+	if len(*reason) > entry.MaxText {
+		return usage("--reason has %d bytes: at most %d", len(*reason), entry.MaxText)
 	}
 	return nil
 }
@@ -89,13 +93,14 @@ func (a *app) freeze() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "freeze --reason TEXT",
 		Short: "Keep everybody from allocating",
-		Long: `Keep everybody from allocating and releasing until 'ledger thaw'. Pods that run go
-on running; new ones wait; releases are queued on their nodes.`,
+		Long: `Keep nodes from allocating and releasing until 'ledger thaw'. Pods that run go on
+running; new ones wait; releases are queued on their nodes. Operators can end
+leases all the same ('ledger release', 'ledger node drain').`,
 		Args: args(0, 0, ""),
 	}
 	reason := reasonFlag(c)
 	c.RunE = func(cmd *cobra.Command, _ []string) error {
-		if err := needReason(*reason); err != nil {
+		if err := a.needReason(cmd.Context(), reason); err != nil {
 			return err
 		}
 		return a.asOperator(func(w *allocator.Writer) error {
@@ -228,7 +233,7 @@ one more, and each node must run 'ledger recover node' before it allocates again
 	start.Flags().Uint64Var(&epoch, "epoch", 0, "at least this epoch, where a node says that it has seen a later one: `N`")
 	startReason := reasonFlag(start)
 	start.RunE = func(cmd *cobra.Command, _ []string) error {
-		if err := needReason(*startReason); err != nil {
+		if err := a.needReason(cmd.Context(), startReason); err != nil {
 			return err
 		}
 		return a.asOperator(func(w *allocator.Writer) error {
@@ -470,9 +475,14 @@ func (a *app) unclaim() *cobra.Command {
 		}
 		return a.asOperator(func(w *allocator.Writer) error {
 			err := w.Unclaim(cmd.Context(), allocator.Claim{Block: b, Node: node}, *reason)
-			if errors.Is(err, allocator.ErrNotFound) {
+			switch {
+			case errors.Is(err, allocator.ErrNotFound) && node != "":
+				return refuse("'ledger show --blocks' lists the blocks", "block %s is not %s's to give back", b, node)
+			case errors.Is(err, allocator.ErrNotFound):
 				return refuse("'ledger show --blocks' lists the blocks", "nobody has claimed block %s", b)
-			} else if err != nil {
+			case errors.Is(err, allocator.ErrConflict):
+				return refuse("a block is given back once nothing in it is leased", "%w", err)
+			case err != nil:
 				return err
 			}
 			a.printf("block %s is nobody's\n", b)
@@ -507,7 +517,7 @@ pod that gets it collides with it.`,
 			return usage("name either an address or, with --attachment, an attachment")
 		}
 		if !dry {
-			if err := needReason(*reason); err != nil {
+			if err := a.needReason(cmd.Context(), reason); err != nil {
 				return err
 			}
 		}
@@ -538,6 +548,8 @@ pod that gets it collides with it.`,
 				return refuse("'ledger show --leases -o wide' lists them; where an address still names it: 'ledger release ADDRESS'", "attachment %v holds nothing", id)
 			case !found:
 				spoilt = errors.New("its key is gone, and the address still names it")
+			case address.Holder != nil && address.Acquire != value.Acquire:
+				spoilt, value = fmt.Errorf("it has another lease now, and the address still names acquire %s", address.Acquire), keyspace.Attachment{}
 			}
 			return nil
 		})
@@ -580,7 +592,9 @@ pod that gets it collides with it.`,
 			if err := end(ctx, id, value.Acquire, *reason); err != nil {
 				return err
 			}
-			if spoilt != nil {
+			if spoilt != nil && address.Holder != nil {
+				a.printf("released %s of %s\n", args[0], id)
+			} else if spoilt != nil {
 				a.printf("released %s\n", id)
 			}
 			for _, l := range value.Leases {
@@ -594,6 +608,12 @@ pod that gets it collides with it.`,
 
 // ask waits for a y on the terminal, or for an end of it all.
 func (a *app) ask(ctx context.Context, question string) bool {
+	answer := strings.ToLower(a.line(ctx, question))
+	return answer == "y" || answer == "yes"
+}
+
+// line asks on the terminal for a line; it is empty if it all ends before.
+func (a *app) line(ctx context.Context, question string) string {
 	fmt.Fprint(a.err, question)
 	answer := make(chan string, 1)
 	go func() {
@@ -603,13 +623,12 @@ func (a *app) ask(ctx context.Context, question string) bool {
 	select {
 	case <-ctx.Done():
 		fmt.Fprintln(a.err)
-		return false
+		return ""
 	case line := <-answer:
 		if line == "" {
 			fmt.Fprintln(a.err)
 		}
-		line = strings.ToLower(strings.TrimSpace(line))
-		return line == "y" || line == "yes"
+		return strings.TrimSpace(line)
 	}
 }
 

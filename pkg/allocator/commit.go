@@ -230,6 +230,7 @@ func (s *session) newKey() (string, error) {
 	if err := s.Dir.SaveKey(skey); err != nil {
 		return "", fmt.Errorf("%w: %w", ErrState, err)
 	}
+	s.step("keyed")
 	return skey, nil
 }
 
@@ -240,11 +241,16 @@ func (s *session) newMark(v *view, m statedir.Mark, skey string) error {
 		return fmt.Errorf("%w: %w", ErrIntegrity, err)
 	}
 	s.broken = nil
-	return s.saveMark(statedir.Mark{
-		Writer: s.Config.Writer.String(), Machine: s.Machine, Cluster: v.meta.Cluster, EtcdCluster: v.meta.EtcdCluster,
-		Epoch: v.meta.Epoch, Chain: entry.NewChainID(), Boot: s.Boot, Boots: []string{s.Boot},
-		Previous: m.Previous, Recovering: m.Recovering, Proposed: m.Proposed,
-	}, v.revision, true)
+	m.Writer, m.Machine, m.Cluster = s.Config.Writer.String(), s.Machine, v.meta.Cluster
+	m.EtcdCluster, m.Epoch, m.Chain = v.meta.EtcdCluster, v.meta.Epoch, entry.NewChainID()
+	m.Boot, m.Boots = s.Boot, []string{s.Boot}
+	if m.Before != nil && m.Before.Chain == (entry.ChainID{}) { // it had no chain: this one will do
+		m.Before.Chain = m.Chain
+	}
+	if v.writer != nil {
+		m.Closed = v.writer.Closed
+	}
+	return s.saveMark(m, v.revision, true)
 }
 
 // startAnew gives a writer that an operator's close lets start again a new key
@@ -275,7 +281,7 @@ func (s *session) startAnew(v *view) error {
 		return err
 	}
 	// In a drill every chain ends its part with a recover entry: thaw waits for it.
-	return s.newMark(v, statedir.Mark{Recovering: recovering || v.meta.Recovering}, skey)
+	return s.newMark(v, statedir.Mark{Position: statedir.Position{Recovering: recovering || v.meta.Recovering}}, skey)
 }
 
 // mayComeBack refuses a node that an operator is removing: before its last lease is
@@ -386,7 +392,7 @@ func (s *session) settle() (err error) {
 	// Behind a restore, or a recovery that somebody began, it is shut out already: it
 	// went to another etcd, or compares another meta.
 	shut := s.restored && (s.mark.Epoch != v.meta.Epoch || s.mark.EtcdCluster != keyspace.EtcdClusterID(v.cluster))
-	if v.writer == nil && !shut {
+	if v.writer == nil && s.mark.Seq == 0 && !shut {
 		if _, err = s.commit(v, change{}); errors.Is(err, errAgain) {
 			err = fmt.Errorf("%w: an earlier commit's outcome is not known, and opening the chain failed: %w", ErrUnknownOutcome, err)
 		}

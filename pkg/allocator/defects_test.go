@@ -976,6 +976,12 @@ func (w *world) put(key, value string) {
 	w.store.apply(Txn{Then: []Write{{Key: key, Value: []byte(value)}}})
 }
 
+func (w *world) del(key string) {
+	w.store.mu.Lock()
+	defer w.store.mu.Unlock()
+	w.store.apply(Txn{Then: []Write{{Key: key, Delete: true}}})
+}
+
 func (m *machine) mustAdd(t testing.TB, p *Pool, container string, ips ...netip.Addr) []netip.Addr {
 	t.Helper()
 	m.reconnect()

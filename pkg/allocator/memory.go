@@ -2,6 +2,7 @@ package allocator
 
 import (
 	"encoding/json"
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -25,6 +26,10 @@ import (
 
 // maxRemembered is how many addresses a pool has at most that is read whole.
 const maxRemembered = 1 << 16
+
+// maxStrays is how many bytes the names of keys that are no claims, and stand among a
+// pool's claims, may have for it to be remembered.
+const maxStrays = 4096
 
 // small reports whether a pool may be read whole.
 func (p *Pool) small() bool {
@@ -54,6 +59,13 @@ func (m *memory) has(r netipx.IPRange) bool {
 	return !missing
 }
 
+func (k *known) strayBytes() (n int) {
+	for key := range k.strays {
+		n += len(key)
+	}
+	return n
+}
+
 // into tells k what is remembered of a range.
 func (m *memory) into(k *known, r netipx.IPRange) {
 	if !m.has(r) {
@@ -73,7 +85,8 @@ type stored struct {
 	Chain    entry.ChainID              `json:"chain"`
 	Spans    []netipx.IPRange           `json:"spans"`
 	Revision int64                      `json:"revision"`
-	Blocks   map[string]storedBlock     `json:"blocks"` // by prefix
+	Blocks   map[string]storedBlock     `json:"blocks"`           // by prefix
+	Strays   []string                   `json:"strays,omitempty"` // keys among the claims that are none
 	Leased   []netipx.IPRange           `json:"leased"`
 	Others   map[netip.Addr]storedOther `json:"others"` // what else has a key
 }
@@ -135,6 +148,9 @@ func (s *session) recall(q *question) *memory {
 		}
 		k.blocks[prefix] = knownBlock{b.Node, b.Mod}
 	}
+	for _, key := range st.Strays {
+		k.strays[key] = true
+	}
 	n := uint64(0)
 	for _, r := range st.Leased {
 		if n += RangeSize(r); !r.IsValid() || n > maxRemembered {
@@ -180,18 +196,23 @@ func (s *session) whole(q *question, m *memory) (*known, error) {
 		for ip, a := range m.known.addrs {
 			k.addrs[ip] = a
 		}
+		for key := range m.known.strays {
+			k.strays[key] = true
+		}
 	}
 	for _, a := range r.Ranges {
 		s.take(k, a)
 	}
-	counted := int64(len(k.blocks)) == r.Ranges[0].Count
-	if m != nil && !counted {
+	for _, kv := range r.Ranges[0].KVs {
+		if _, err := s.Keys.Parse(kv.Key); err != nil {
+			k.strays[kv.Key] = true
+		}
+	}
+	if m != nil && int64(len(k.blocks)+len(k.strays)) != r.Ranges[0].Count {
 		return s.whole(q, nil) // claims were given back since
 	}
 	k.allBlocks, k.covered = true, p.spans()
-	if counted { // else a key that is no claim stands among them, and no count will fit
-		s.keep(q, k, r.Revision)
-	}
+	s.keep(q, k, r.Revision)
 	return k, nil
 }
 
@@ -205,10 +226,10 @@ func (s *session) keep(q *question, k *known, revision int64) {
 			break
 		}
 	}
-	if full && s.mark != nil {
+	if full && s.mark != nil && k.strayBytes() <= maxStrays {
 		st := stored{
 			Etcd: s.mark.EtcdCluster, Epoch: s.mark.Epoch, Chain: s.mark.Chain, Spans: q.pool.spans(), Revision: revision,
-			Blocks: map[string]storedBlock{}, Others: map[netip.Addr]storedOther{},
+			Blocks: map[string]storedBlock{}, Others: map[netip.Addr]storedOther{}, Strays: slices.Sorted(maps.Keys(k.strays)),
 		}
 		for p, c := range k.blocks {
 			st.Blocks[p.String()] = storedBlock{c.node, c.mod}

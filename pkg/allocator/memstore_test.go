@@ -9,6 +9,7 @@ import (
 	"sort"
 	"strings"
 	"sync"
+	"testing"
 	"time"
 
 	"github.com/ipam-ledger/ipam-ledger/pkg/audit"
@@ -314,6 +315,15 @@ func (m *memStore) Entries(_ context.Context, f func(audit.Record) error) error 
 }
 
 var testKeys, _ = keyspace.New(keyspace.DefaultPrefix)
+
+// finds wants verify to find one thing of a kind, and nothing else.
+func (m *memStore) finds(t testing.TB, code audit.Code) {
+	t.Helper()
+	r, err := audit.Verify(context.Background(), m, audit.Options{AllSignatures: true, Workers: 1})
+	if err != nil || r.FindingCount != 1 || r.ByCode[code] != 1 {
+		t.Fatalf("verify: %+v, %v; want one %s", r.Findings, err, code)
+	}
+}
 
 // check ends every test: I1 to I4 by replay.
 func (m *memStore) check(t interface {

@@ -63,7 +63,7 @@ func (m *model) draw(n *machine) {
 	n.conn.lag = rapid.SampledFrom([]int{0, 0, 1, 3, 20}).Draw(m.t, "lag")
 	n.conn.next = fault(rapid.SampledFrom([]int{0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10}).Draw(m.t, "fault"))
 	m.w.step = nil
-	if at := rapid.SampledFrom([]string{"", "", "", "", "enrolled", "begun", "answered", "marked", "settled"}).Draw(m.t, "kill"); at != "" {
+	if at := rapid.SampledFrom([]string{"", "", "", "", "keyed", "enrolled", "begun", "answered", "marked", "settled"}).Draw(m.t, "kill"); at != "" {
 		m.w.step = func(s string) {
 			if s == at {
 				panic(killed{})

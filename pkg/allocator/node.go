@@ -141,6 +141,11 @@ func (s *session) tryAcquire(req *Request, q question, serializable bool) (*keys
 	if err := s.refused(v); err != nil {
 		return nil, err
 	}
+	if h := s.Dir.Holding(req.ID); h != nil && s.confirm(req.ID, &h.Value) == nil {
+		ip := h.Value.Leases[0].Address.Addr()
+		return nil, fmt.Errorf("%w: %s is absent, and %v is leased to it: somebody deleted it; the pod's DEL ends the lease, and so does 'ledger release %v --space %s'",
+			errSpoilt, attachment, ip, ip, h.Value.Space)
+	}
 	change := change{time: q.now, compare: []Compare{{Key: attachment}}}
 	if q.pool == nil {
 		p, mod, err := s.namedPool(req.PoolName, v.extra[1])
@@ -220,11 +225,15 @@ func (s *session) hold(id keyspace.AttachmentID) error {
 	return nil
 }
 
-// remember notes a holding that needs no commit.
+// remember notes what an attachment holds, where that needs no commit.
 func (s *session) remember(id keyspace.AttachmentID, value keyspace.Attachment) error {
-	err := s.Dir.Prepare(statedir.Holding{ID: id, Value: value})
+	return s.note(statedir.Holding{ID: id, Value: value})
+}
+
+func (s *session) note(h statedir.Holding) error {
+	err := s.Dir.Prepare(h)
 	if err == nil {
-		err = s.Dir.Hold(id)
+		err = s.Dir.Hold(h.ID)
 	}
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrState, err)
@@ -241,7 +250,8 @@ func (s *session) choose(q *question, k *known, serializable bool, revision int6
 	one, whole := true, false
 	for {
 		choices, n, err := plan(q, k)
-		exhausted := errors.Is(err, ErrExhausted) && !one && !serializable
+		// A pool that is full is read at one revision, or to be remembered.
+		exhausted := errors.Is(err, ErrExhausted) && !serializable && !whole && (!one || k.memory == nil && q.pool.small())
 		if n == nil && !exhausted {
 			return choices, err
 		}
@@ -434,19 +444,27 @@ func (s *session) tryRelease(id keyspace.AttachmentID, only entry.Ref, guess *ke
 	if err != nil {
 		return nil, err
 	}
-	if len(v.extra[0].KVs) == 0 {
+	var a keyspace.Attachment
+	if kvs := v.extra[0].KVs; len(kvs) == 1 {
+		if err := decodeAttachment(kvs[0].Value, &a); err != nil {
+			return nil, spoilt(id, attachment, err)
+		}
+	} else {
 		if v.serializable {
 			return nil, errors.New("must be read again, linearizable")
 		}
 		if !only.IsZero() {
 			return nil, fmt.Errorf("lease %s of %v: %w", only, id, ErrNotFound)
 		}
-		return nil, nil
-	}
-	kv := v.extra[0].KVs[0]
-	var a keyspace.Attachment
-	if err := decodeAttachment(kv.Value, &a); err != nil {
-		return nil, spoilt(id, kv.Key, err)
+		if guess == nil {
+			return nil, nil
+		}
+		if _, err := s.leased(id, guess, v.extra[1:]); err != nil {
+			return nil, nil
+		}
+		// No release deletes the key and leaves the addresses: somebody else did.
+		s.Log.Warn("the key of an attachment that is released is gone, and its addresses are leased to it", "key", attachment)
+		a = *guess
 	}
 	if !only.IsZero() && a.Acquire != only {
 		return nil, fmt.Errorf("lease %s of %v: %w: it is lease %s now", only, id, ErrNotFound, a.Acquire)
@@ -473,7 +491,7 @@ func (s *session) tryRelease(id keyspace.AttachmentID, only entry.Ref, guess *ke
 	_, err = s.commit(v, change{
 		entries: []*entry.Entry{e},
 		time:    now,
-		compare: append(compare, Compare{Key: attachment, Mod: kv.Mod}),
+		compare: append(compare, Compare{Key: attachment, Mod: modAt(v.extra[0])}),
 		writes: func(refs []entry.Ref) []Write {
 			writes := []Write{{Key: attachment, Delete: true}}
 			for _, ip := range addrsOf(a.Leases) {

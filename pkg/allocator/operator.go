@@ -177,9 +177,9 @@ func (w *Writer) releaseLease(ctx context.Context, s *session, id keyspace.Attac
 	})
 }
 
-// Lost ends the lease of an attachment that has no key any more, and that an
-// address key still names: somebody deleted it. Where the attachment has a key, or
-// the address is not its, it is ErrNotFound.
+// Lost ends the lease that acquire names, by which an address is held and its
+// attachment is not: that has no key any more, as somebody deleted it, or another
+// lease since. ErrNotFound says that the lease has ended.
 func (w *Writer) Lost(ctx context.Context, id keyspace.AttachmentID, acquire entry.Ref, reason string) error {
 	return w.withSession(ctx, &session{Writer: w, anyState: true}, func(s *session) error {
 		return s.again(func() error { return s.releaseSpoilt(id, acquire, reason) })
@@ -187,11 +187,12 @@ func (w *Writer) Lost(ctx context.Context, id keyspace.AttachmentID, acquire ent
 }
 
 // releaseSpoilt ends a lease by its acquire entry, whatever stands in its keys: the
-// attachment's is deleted, and each address is freed that does not name another
-// lease. Without an acquire it is the node's last one for the attachment; where none
-// is on the record, what stands there is no lease, and goes without an entry.
+// attachment's is deleted, and each address is freed, where it does not name another
+// lease. Without an acquire it is the node's last one for the attachment. Where that
+// was ended before, or none is on the record, what stands there is no lease, and goes
+// without an entry.
 func (s *session) releaseSpoilt(id keyspace.AttachmentID, acquire entry.Ref, reason string) error {
-	e, ref, err := s.lastAcquire(id, acquire)
+	e, ref, ended, err := s.lastAcquire(id, acquire)
 	if err != nil {
 		return err
 	}
@@ -208,37 +209,32 @@ func (s *session) releaseSpoilt(id keyspace.AttachmentID, acquire entry.Ref, rea
 		return err
 	}
 	now := s.Now().UTC()
-	c := change{time: now}
+	c := change{time: now, compare: []Compare{{Key: attachment, Mod: modAt(v.extra[0])}}}
 	present := len(v.extra[0].KVs) == 1
-	c.compare = append(c.compare, Compare{Key: attachment, Mod: modAt(v.extra[0])})
-	var free []netip.Addr
-	ours := 0
-	for i, a := range e.Addresses {
-		r := v.extra[1+i]
-		c.compare = append(c.compare, Compare{Key: s.Keys.Address(e.Space, a.IP), Mod: modAt(r)})
-		var have keyspace.Address
-		if len(r.KVs) == 1 && decodeAddress(r.KVs[0].Value, &have) == nil {
-			if have.State != keyspace.Leased || have.Acquire != ref {
-				continue // it is another's, or free: leave it alone
-			}
-			ours++
-		}
-		free = append(free, a.IP)
+	if present && !acquire.IsZero() {
+		var other keyspace.Attachment
+		present = decodeAttachment(v.extra[0].KVs[0].Value, &other) != nil || other.Acquire == acquire
 	}
-	if !present && ours == 0 {
+	if ended && !present {
 		return fmt.Errorf("lease of %v: %w", id, ErrNotFound)
 	}
-	if ours > 0 || len(free) > 0 && len(free) == len(e.Addresses) {
+	var free []netip.Addr
+	if !ended {
 		out := &entry.Entry{
 			Op: entry.Release, Space: e.Space, Pool: e.Pool, Acquire: ref, Reason: reason,
 			Network: id.Network, Container: id.Container, Interface: id.Interface, Node: id.Node, Pod: e.Pod, PodUID: e.PodUID,
 		}
-		for _, a := range e.Addresses {
+		for i, a := range e.Addresses {
 			out.Addresses = append(out.Addresses, entry.Address{IP: a.IP})
+			r := v.extra[1+i]
+			c.compare = append(c.compare, Compare{Key: s.Keys.Address(e.Space, a.IP), Mod: modAt(r)})
+			var have keyspace.Address
+			if len(r.KVs) == 1 && decodeAddress(r.KVs[0].Value, &have) == nil && (have.State != keyspace.Leased || have.Acquire != ref) {
+				continue // it is another's, or free: leave it alone
+			}
+			free = append(free, a.IP)
 		}
 		c.entries = []*entry.Entry{out}
-	} else {
-		free = nil // the lease was ended before; what stands there is no lease
 	}
 	c.writes = func(refs []entry.Ref) (writes []Write) {
 		if present {
@@ -261,31 +257,40 @@ func modAt(r Range) int64 {
 }
 
 // lastAcquire finds the acquire of an attachment's lease on its node's chains: the
-// one that is named, or the last; an empty entry if there is none.
-func (s *session) lastAcquire(id keyspace.AttachmentID, named entry.Ref) (*entry.Entry, entry.Ref, error) {
-	var out *entry.Entry
-	var ref entry.Ref
+// one that is named, or the last; an empty entry if there is none. It reports whether
+// that has ended: a release names it, on a chain of the node's or of an operator's.
+func (s *session) lastAcquire(id keyspace.AttachmentID, named entry.Ref) (out *entry.Entry, ref entry.Ref, ended bool, err error) {
+	out = new(entry.Entry)
 	var mod int64
-	err := s.entries(entry.Writer{Kind: entry.KindNode, Name: id.Node}, func(kv KV, e *entry.Entry, r entry.Ref) {
-		if e == nil || e.Op != entry.Acquire || e.Attachment() != id.String() || !named.IsZero() && r != named || kv.Mod < mod {
-			return
+	released := map[entry.Ref]bool{}
+	for _, writer := range []string{entry.Writer{Kind: entry.KindNode, Name: id.Node}.String() + "/", string(entry.KindOperator) + "/"} {
+		err := s.entriesBelow(s.Keys.Chains()+writer, func(kv KV, e *entry.Entry, r entry.Ref) {
+			switch {
+			case e == nil || e.Attachment() != id.String():
+			case e.Op == entry.Release:
+				released[e.Acquire] = true
+			case e.Op == entry.Acquire && (named.IsZero() || r == named) && kv.Mod >= mod:
+				out, ref, mod = e, r, kv.Mod
+			}
+		})
+		if err != nil {
+			return nil, ref, false, err
 		}
-		out, ref, mod = e, r, kv.Mod
-	})
-	if out == nil {
-		out = new(entry.Entry)
 	}
-	return out, ref, err
+	return out, ref, ref.IsZero() || released[ref], nil
 }
 
 // entries calls f with each entry of a writer's chains, chain by chain; with nil
 // where it cannot be read. The chains may grow meanwhile.
 func (s *session) entries(w entry.Writer, f func(kv KV, e *entry.Entry, ref entry.Ref)) error {
-	prefix := s.Keys.Chains() + w.String() + "/"
+	return s.entriesBelow(s.Keys.Chains()+w.String()+"/", f)
+}
+
+func (s *session) entriesBelow(prefix string, f func(kv KV, e *entry.Entry, ref entry.Ref)) error {
 	for from := prefix; ; {
 		r, err := s.Store.Read(s.ctx, false, []Get{{Key: from, End: keyspace.After(prefix), Limit: followPage}})
 		if err != nil {
-			return fmt.Errorf("reading the chains of %v: %w", w, err)
+			return fmt.Errorf("reading the chains below %s: %w; --timeout gives it longer", prefix, err)
 		}
 		kvs := r.Ranges[0].KVs
 		for _, kv := range kvs {
@@ -568,12 +573,13 @@ func (s *session) importOne(l statedir.Holding, had func() (bool, error), dry bo
 		return ErrEnded
 	}
 	s.dry = dry
-	return s.assert(l.ID, l.Value, entry.AssertImport, reason)
+	return s.assert(l, entry.AssertImport, reason)
 }
 
 // assert leases given addresses to an attachment: those of an import, or those
 // that a restore lost. ErrConflict names another holder.
-func (s *session) assert(id keyspace.AttachmentID, a keyspace.Attachment, how, reason string) error {
+func (s *session) assert(h statedir.Holding, how, reason string) error {
+	id, a := h.ID, h.Value
 	attachment := s.Keys.Attachment(id)
 	gets := append([]Get{{Key: attachment}}, s.addressGets(a.Space, a.Leases)...)
 	// A restore takes claims back, too. Those that are remembered are made again
@@ -632,7 +638,7 @@ func (s *session) assert(id keyspace.AttachmentID, a keyspace.Attachment, how, r
 		compare: compare,
 		prepare: func(refs []entry.Ref) error {
 			a.Acquire = refs[0]
-			return s.Dir.Prepare(statedir.Holding{ID: id, Value: a})
+			return s.Dir.Prepare(h.By(a))
 		},
 		writes: func(refs []entry.Ref) []Write {
 			writes := append(s.putAddresses(a.Space, a.Pool, addrsOf(a.Leases), id, refs[0]), Write{Key: attachment, Value: keyspace.Encode(a)})

@@ -23,7 +23,8 @@ type known struct {
 	addrs     map[netip.Addr]*knownAddress
 	covered   []netipx.IPRange // an address in here and not in addrs was never held
 	blocks    map[netip.Prefix]knownBlock
-	allBlocks bool // a block that is not in blocks is not claimed
+	allBlocks bool            // a block that is not in blocks is not claimed
+	strays    map[string]bool // keys among the claims that are none
 
 	memory *memory // what this node remembers of the pool; nil: nothing
 }
@@ -51,7 +52,7 @@ type knownBlock struct {
 }
 
 func newKnown() *known {
-	return &known{addrs: map[netip.Addr]*knownAddress{}, blocks: map[netip.Prefix]knownBlock{}}
+	return &known{addrs: map[netip.Addr]*knownAddress{}, blocks: map[netip.Prefix]knownBlock{}, strays: map[string]bool{}}
 }
 
 // need is what a planner wants to know next.
@@ -170,6 +171,7 @@ func (q *question) choose(set *RangeSet, k *known) (choice, *need, error) {
 		own = append(own, k.claimedBy(q.node)...)
 	}
 	var unread need
+	first := true
 	for _, p := range own {
 		hull, ok := set.hull(p)
 		if !ok {
@@ -177,8 +179,13 @@ func (q *question) choose(set *RangeSet, k *known) (choice, *need, error) {
 		}
 		b, ok := k.blocks[p]
 		if !ok && !k.allBlocks {
-			return choice{}, &need{blocks: []netip.Prefix{p}, addrs: []netipx.IPRange{hull}}, nil
+			unread.blocks, unread.addrs = append(unread.blocks, p), append(unread.addrs, hull)
+			if first { // nearly always it has room; the others are read together
+				break
+			}
+			continue
 		}
+		first = false
 		if b.node != q.node {
 			continue
 		}

@@ -37,19 +37,20 @@ func (w *Writer) RecoverStart(ctx context.Context, epoch uint64, reason string) 
 			}
 			meta = v.meta
 			etcd := keyspace.EtcdClusterID(v.cluster)
-			if meta.Recovering && meta.EtcdCluster == etcd && epoch <= meta.Epoch && (s.mark == nil || s.mark.Proposed != 0 || s.mark.Epoch <= meta.Epoch) {
+			if meta.Recovering && meta.EtcdCluster == etcd && epoch <= meta.Epoch && (s.mark == nil || s.mark.Epoch <= meta.Epoch) {
 				return nil
 			}
 			meta.Epoch = max(meta.Epoch+1, epoch)
 			meta.State, meta.Recovering = keyspace.Frozen, true
 			meta.EtcdCluster = etcd
-			if s.mark != nil && s.mark.Proposed == 0 {
+			if s.mark != nil {
 				meta.Epoch = max(meta.Epoch, s.mark.Epoch+1)
 			}
 			// The new chain is of the new epoch, and so is the mark.
 			next := *v
 			next.meta = meta
-			if err := s.renew(&next, v.meta.Epoch); err != nil {
+			before := statedir.Position{EtcdCluster: v.meta.EtcdCluster, Epoch: v.meta.Epoch}
+			if err := s.renew(&next, &before); err != nil {
 				return err
 			}
 			began = true
@@ -63,27 +64,31 @@ func (w *Writer) RecoverStart(ctx context.Context, epoch uint64, reason string) 
 	return meta, began && err == nil, err
 }
 
-// renew puts aside the mark of before the restore and starts a chain that names it.
-// proposed is the epoch that is in etcd, where v's is one that is not there yet.
-func (s *session) renew(v *view, proposed uint64) error {
-	m := statedir.Mark{Recovering: s.Config.Writer.Kind == entry.KindNode, Proposed: proposed}
+// renew puts aside the mark of before the restore and starts a chain that names it;
+// with a new key, if an operator closed the one before: it may have been for its key.
+// before is where a writer without a mark goes back to, where v's epoch is not in etcd
+// yet; nil: it is.
+func (s *session) renew(v *view, before *statedir.Position) error {
+	m := statedir.Mark{Position: statedir.Position{Recovering: s.Config.Writer.Kind == entry.KindNode}}
 	if s.mark != nil && s.mark.Seq == 0 && v.writer != nil && v.writer.Chain == s.mark.Chain {
 		// The chain was opened by a process that did not live to note it.
 		if err := s.follow(v, Range{More: true}); err != nil {
 			return err
 		}
 	}
-	if s.mark != nil {
-		if proposed > 0 {
-			if m.Proposed = s.mark.Proposed; m.Proposed == 0 {
-				m.Proposed = s.mark.Epoch
-			}
+	if m.Before = before; s.mark != nil {
+		if before != nil {
+			*before = s.mark.Position
 		}
 		if m.Previous = s.mark.Ref(); s.mark.Seq == 0 {
 			m.Previous = s.mark.Previous // a drill that was killed here before
 		}
 	}
-	skey, err := s.ownKey()
+	key := s.ownKey
+	if v.writer != nil && !v.writer.Closed.IsZero() {
+		key = s.newKey
+	}
+	skey, err := key()
 	if err != nil {
 		return err
 	}
@@ -255,12 +260,14 @@ func (s *session) bothSides(out *Recovery) ([]keyspace.AttachmentID, error) {
 func (s *session) recoverOne(id keyspace.AttachmentID, assert bool, runtime Runtime, out *Recovery) error {
 	held, prepared := s.Dir.Holding(id), s.Dir.Prepared(id)
 	gets := []Get{{Key: s.Keys.Attachment(id)}}
+	var acquires []entry.Ref
 	for _, h := range []*statedir.Holding{held, prepared} {
-		g := Get{Key: s.Keys.Attachment(id)} // of no matter
 		if h != nil {
-			g.Key = s.Keys.Entry(s.Config.Writer, h.Value.Acquire.Chain, h.Value.Acquire.Seq)
+			acquires = append(acquires, h.Acquires()...)
 		}
-		gets = append(gets, g)
+	}
+	for _, a := range acquires {
+		gets = append(gets, Get{Key: s.Keys.Entry(s.Config.Writer, a.Chain, a.Seq)})
 	}
 	v, err := s.look(false, gets...)
 	if err != nil {
@@ -269,12 +276,20 @@ func (s *session) recoverOne(id keyspace.AttachmentID, assert bool, runtime Runt
 	if s.recovered(v) {
 		return nil // by another process; from here on pods come and go
 	}
-	if held != nil && prepared != nil && s.there(v.extra[2], prepared.Value.Acquire) {
-		// A run of this drill asserted it, and did not live to note that.
+	there := map[entry.Ref]*entry.Entry{} // those of the acquires that are in etcd
+	for i, a := range acquires {
+		if kvs := v.extra[1+i].KVs; len(kvs) == 1 && entry.HashOf(kvs[0].Value) == a.Hash {
+			if e, err := entry.Parse(kvs[0].Value); err == nil {
+				there[a] = e
+			}
+		}
+	}
+	if prepared != nil && there[prepared.Value.Acquire] != nil && (held != nil || there[prepared.Value.Acquire].Assert != "" && !s.Dir.IsQueued(id)) {
+		// A run of this drill asserted it, or an import, and did not live to note that.
 		if err := s.hold(id); err != nil {
 			return err
 		}
-		held, v.extra[1] = prepared, v.extra[2]
+		held = prepared
 	}
 	var live *keyspace.Attachment
 	if kvs := v.extra[0].KVs; len(kvs) == 1 {
@@ -303,7 +318,7 @@ func (s *session) recoverOne(id keyspace.AttachmentID, assert bool, runtime Runt
 	same := live != nil && held != nil && live.Space == held.Value.Space && slices.Equal(addrsOf(live.Leases), addrsOf(held.Value.Leases))
 	// Its acquire is there: a restore has not taken it back, nor anything before it.
 	// So where etcd does not lease to it by that acquire any more, an entry says so.
-	if held != nil && !same && s.there(v.extra[1], held.Value.Acquire) {
+	if held != nil && !same && slices.ContainsFunc(held.Acquires(), func(a entry.Ref) bool { return there[a] != nil }) {
 		out.Ended = append(out.Ended, *held)
 		if err := forget(); err != nil {
 			return err
@@ -329,19 +344,14 @@ func (s *session) recoverOne(id keyspace.AttachmentID, assert bool, runtime Runt
 		out.Released = append(out.Released, id)
 	case assert && held != nil && same:
 		out.Kept++
-		return s.remember(id, *live)
+		return s.note(held.By(*live))
 	case assert && held != nil:
-		if err := s.assert(id, held.Value, entry.AssertRecover, "recover: held since "+held.Value.Acquire.String()); err != nil {
+		if err := s.assert(*held, entry.AssertRecover, "recover: held since "+held.Value.Acquire.String()); err != nil {
 			return err
 		}
 		out.Asserted = append(out.Asserted, id)
 	}
 	return nil
-}
-
-// there reports whether the answer to a read of an entry's key is that very entry.
-func (s *session) there(r Range, e entry.Ref) bool {
-	return len(r.KVs) == 1 && entry.HashOf(r.KVs[0].Value) == e.Hash
 }
 
 // recovered reports whether this writer's chain has its recover entry.
@@ -377,12 +387,7 @@ func (s *session) enterEpoch() (meta keyspace.Meta, due bool, err error) {
 		if err := s.mayComeBack(v); err != nil {
 			return meta, false, err
 		}
-		if v.writer != nil && !v.writer.Closed.IsZero() { // it may have been closed for its key
-			if _, err := s.newKey(); err != nil {
-				return meta, false, err
-			}
-		}
-		if err := s.renew(v, 0); err != nil {
+		if err := s.renew(v, nil); err != nil {
 			return meta, false, err
 		}
 	}

@@ -75,7 +75,7 @@ func (w *Writer) Belongings(ctx context.Context, node string) (*Belongings, erro
 		if b.Spoilt = decodeAttachment(kv.Value, &b.Value); b.Spoilt != nil {
 			// By what is on the record, so that no later lease is taken for it.
 			b.Value = keyspace.Attachment{}
-			if _, b.Value.Acquire, err = s.lastAcquire(b.ID, entry.Ref{}); err != nil {
+			if _, b.Value.Acquire, _, err = s.lastAcquire(b.ID, entry.Ref{}); err != nil {
 				return nil, err
 			}
 		}
@@ -146,7 +146,7 @@ func (w *Writer) End(ctx context.Context, b *Belongings, remove bool, reason str
 		out.Released = append(out.Released, l.ID)
 	}
 	for _, c := range all.Claims {
-		switch err := w.withSession(ctx, &session{Writer: w, guard: closed}, unclaim(c, reason)); {
+		switch err := w.withSession(ctx, &session{Writer: w, anyState: true, guard: closed}, unclaim(c, reason)); {
 		case errors.Is(err, ErrNotFound):
 		case errors.Is(err, errGuarded):
 			return out, err

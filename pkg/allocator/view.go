@@ -102,10 +102,10 @@ func (s *session) lookOnce(serializable bool, gets []Get) (*view, error) {
 	if s.mark != nil {
 		tail = r.Ranges[3]
 	}
-	if s.mark != nil && s.mark.Proposed != 0 && s.mark.Seq == 0 && !s.restored && !v.serializable && s.broken == nil && (v.writer == nil || v.writer.Chain != s.mark.Chain) {
+	if s.mark != nil && s.mark.Before != nil && !v.serializable && s.broken == nil && (v.writer == nil || v.writer.Chain != s.mark.Chain) {
 		// A 'recover start' that never came to etcd: nobody has seen that epoch, and
 		// the chain of before goes on.
-		if err := s.saveMark(s.mark.Before(), v.revision, true); err != nil {
+		if err := s.saveMark(s.mark.Back(), v.revision, true); err != nil {
 			return v, err
 		}
 		return s.lookOnce(false, gets)
@@ -119,7 +119,7 @@ func (s *session) lookOnce(serializable bool, gets []Get) (*view, error) {
 		}
 	}
 	if s.lateOperator(v) {
-		if err := s.renew(v, 0); err != nil {
+		if err := s.renew(v, nil); err != nil {
 			return v, err
 		}
 		tail = Range{}
@@ -214,9 +214,10 @@ func (s *session) lateOperator(v *view) bool {
 // checkChain is whether our chain is where we left it, or further by our own
 // commits. It moves the mark to the head.
 func (s *session) checkChain(v *view, tail Range) error {
-	// Our chain is yet to be opened, after the writer's.
+	// Our chain is yet to be opened, after the writer's: that is of an earlier epoch, or
+	// closed, and it was when this chain was begun. After another close it begins anew.
 	opening := v.writer != nil && s.mark != nil && s.broken == nil && s.mark.Seq == 0 && len(tail.KVs) == 0 && s.mark.Chain != v.writer.Chain &&
-		(!v.writer.Closed.IsZero() || v.writer.Epoch < s.mark.Epoch)
+		s.mark.Closed == v.writer.Closed && (!v.writer.Closed.IsZero() || v.writer.Epoch < s.mark.Epoch)
 	anew := v.writer != nil && !v.writer.Closed.IsZero() && !opening
 	if s.restored {
 		if anew && (s.mark == nil || s.broken != nil) {

@@ -52,6 +52,10 @@ type replay struct {
 	blocks map[blockKey]*block
 	pools  map[string]*pool
 
+	// What stays of leases that a finding was about, until they are released.
+	left   map[entry.Ref]uint32 // acquires of attachments that acquired again: into atts
+	robbed map[robbed]bool      // what another acquired
+
 	cluster   string
 	meta      metaState
 	entries   int64
@@ -201,6 +205,12 @@ func (a *attachment) ips() []netip.Addr {
 	return out
 }
 
+// robbed is an address that was acquired while an acquire held it.
+type robbed struct {
+	acquire entry.Ref
+	addr    uint32
+}
+
 type lease struct {
 	ip     netip.Addr
 	addr   uint32 // into addrs
@@ -245,7 +255,7 @@ func newReplay(keys keyspace.Keys, snap Snapshot, o *Options, log *findings) *re
 		keys: keys, prefix: keys.Prefix(), ring: o.Keys, all: o.AllSignatures, snap: snap, log: log,
 		chains: map[entry.ChainID]*chain{}, shadows: map[string]bool{}, writers: map[string]*writer{}, trusted: map[string]bool{},
 		nameIDs: map[string]uint32{}, subnetIDs: map[subnet]uint32{}, addrs4: map[uint64]uint32{}, addrs6: map[addrKey]uint32{}, attIDs: map[uint64]uint32{}, atts: make([]attachment, 1),
-		seed: maphash.MakeSeed(), blocks: map[blockKey]*block{}, pools: map[string]*pool{},
+		left: map[entry.Ref]uint32{}, robbed: map[robbed]bool{}, seed: maphash.MakeSeed(), blocks: map[blockKey]*block{}, pools: map[string]*pool{},
 	}
 }
 
@@ -1138,7 +1148,22 @@ func (r *replay) newAtt(key []byte, h uint64) uint32 {
 	return i
 }
 
+// dropAtt forgets an attachment.
 func (r *replay) dropAtt(i uint32) {
+	r.unlist(i)
+	r.atts[i].next, r.attFree = r.attFree, i
+}
+
+// leftBy is the attachment that acquired again after an acquire, 0 if none did.
+func (r *replay) leftBy(acquire entry.Ref) uint32 {
+	if len(r.left) == 0 {
+		return 0
+	}
+	return r.left[acquire]
+}
+
+// unlist makes an attachment one that is not live.
+func (r *replay) unlist(i uint32) {
 	a := &r.atts[i]
 	if r.attIDs[a.hash] == i {
 		if a.next == 0 {
@@ -1154,7 +1179,6 @@ func (r *replay) dropAtt(i uint32) {
 		r.atts[p].next = a.next
 	}
 	a.live = false
-	a.next, r.attFree = r.attFree, i
 	r.live--
 }
 
@@ -1166,9 +1190,10 @@ func (r *replay) acquire(b *batch, c *chain, it *item) {
 	i := r.findAtt(key, h)
 	if i != 0 {
 		r.judge(b, it, c, with(r.finding(DoubleLease, it, "attachment %s acquires while it holds a lease already", key), "no open acquire", r.atts[i].acquire.String()))
-	} else {
-		i = r.newAtt(key, h)
+		r.unlist(i)
+		r.left[r.atts[i].acquire] = i
 	}
+	i = r.newAtt(key, h)
 	att := &r.atts[i]
 	att.space, att.pool, att.acquire, att.cooldown, att.mod = space, pool, r.ref(it), int32(e.Cooldown), r.mod(it)
 	att.text = append(append(att.text[:att.pod], e.Pod...), e.PodUID...)
@@ -1183,6 +1208,7 @@ func (r *replay) acquire(b *batch, c *chain, it *item) {
 		case s.leased:
 			r.judge(b, it, c, with(r.finding(DoubleAlloc, it, "%s in space %s is acquired for %s while %s holds it", a.IP, e.Space, key, r.atts[s.att].key()),
 				"held by "+s.ref.String(), "acquired by "+r.ref(it).String()))
+			r.robbed[robbed{s.ref, id}] = true
 			s.unknown = s.unknown || r.unknownChain(a.After.Chain)
 		case a.After != s.ref:
 			r.judge(b, it, c, with(r.finding(BrokenHistory, it, "the acquire of %s in space %s does not follow its last release", a.IP, e.Space), refText(s.ref), refText(a.After)))
@@ -1241,6 +1267,9 @@ func (r *replay) release(b *batch, c *chain, it *item) {
 	if a := &r.atts[i]; i == 0 || !a.live || !bytes.Equal(a.key(), key) {
 		i = r.findAtt(key, maphash.Bytes(r.seed, key))
 	}
+	if l := r.leftBy(e.Acquire); l != 0 && bytes.Equal(r.atts[l].key(), key) && (i == 0 || r.atts[i].acquire != e.Acquire) {
+		i = l
+	}
 	switch {
 	case i == 0:
 		r.judge(b, it, c, with(r.finding(ReleaseNoHold, it, "attachment %s holds nothing", key), "an open acquire", e.Acquire.String()))
@@ -1255,7 +1284,7 @@ func (r *replay) release(b *batch, c *chain, it *item) {
 	for n, id := range ids {
 		s := &r.addrs[id]
 		if !s.leased || s.ref != e.Acquire {
-			if i != 0 && r.atts[i].acquire == e.Acquire {
+			if i != 0 && r.atts[i].acquire == e.Acquire && !r.robbed[robbed{e.Acquire, id}] {
 				r.judge(b, it, c, with(r.finding(ReleaseNoHold, it, "%s in space %s is not held by that acquire", e.Addresses[n].IP, e.Space), refText(s.ref), e.Acquire.String()))
 			}
 			continue
@@ -1264,8 +1293,12 @@ func (r *replay) release(b *batch, c *chain, it *item) {
 		s.since, s.nanos = e.Time.Unix(), int32(e.Time.Nanosecond())
 		r.leased--
 	}
-	if i != 0 && r.atts[i].acquire == e.Acquire {
+	switch {
+	case i == 0 || r.atts[i].acquire != e.Acquire:
+	case r.atts[i].live:
 		r.dropAtt(i)
+	default:
+		delete(r.left, e.Acquire)
 	}
 }
 

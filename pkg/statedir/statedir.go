@@ -122,17 +122,29 @@ func flock(f *os.File, how int) error {
 	}
 }
 
-// Mark is identity and last commit, in one file so that one rename replaces both.
-type Mark struct {
-	Writer      string        `json:"writer"`  // kind/name
-	Machine     string        `json:"machine"` // machine ID
-	Cluster     string        `json:"cluster"` // our cluster ID
+// Position is where a writer is on its chain.
+type Position struct {
 	EtcdCluster string        `json:"etcdCluster"`
 	Epoch       uint64        `json:"epoch"`
 	Chain       entry.ChainID `json:"chain"`
 	Seq         uint64        `json:"seq"` // 0: the chain's open may not have been committed
 	Hash        entry.Hash    `json:"hash"`
-	Revision    int64         `json:"revision"` // the highest seen
+	// Recovering says that the epoch was entered by a recovery; until the chain
+	// has its recover entry, what the node holds may be another's.
+	Recovering bool `json:"recovering,omitempty"`
+	// Previous is the entry that the writer was at before, on the chain that this one
+	// will continue, and Closed the close that lets it, if one does; while Seq is 0.
+	Previous entry.Ref `json:"previous,omitzero"`
+	Closed   entry.Ref `json:"closed,omitzero"`
+}
+
+// Mark is identity and last commit, in one file so that one write replaces both.
+type Mark struct {
+	Writer  string `json:"writer"`  // kind/name
+	Machine string `json:"machine"` // machine ID
+	Cluster string `json:"cluster"` // our cluster ID
+	Position
+	Revision int64 `json:"revision"` // the highest seen
 	// Boot is the boot in which it was last found out what became of all that was
 	// sent: nothing of an earlier boot can land any more.
 	Boot string `json:"boot"`
@@ -140,14 +152,9 @@ type Mark struct {
 	// them durably before the first commit of each, so that a head of another boot
 	// is another machine's.
 	Boots []string `json:"boots"`
-	// Recovering says that the epoch was entered by a recovery; until the chain
-	// has its recover entry, what the node holds may be another's.
-	Recovering bool `json:"recovering,omitempty"`
-	// Proposed is the epoch of the chain before, where Epoch is one that a 'recover
-	// start' was about to begin: nobody has seen that in etcd yet.
-	Proposed uint64 `json:"proposed,omitempty"`
-	// Previous is the mark of the chain that this one will continue, while Seq is 0.
-	Previous entry.Ref `json:"previous,omitzero"`
+	// Before is the position to go back to where this one is that of a 'recover start'
+	// which may not have come to etcd.
+	Before *Position `json:"before,omitempty"`
 }
 
 // Ref is the entry at the mark; zero while Seq is 0.
@@ -161,17 +168,14 @@ func (m *Mark) Ref() entry.Ref {
 // At is the mark moved to another entry of its chain.
 func (m *Mark) At(seq uint64, hash entry.Hash) Mark {
 	out := *m
-	out.Seq, out.Hash, out.Previous, out.Proposed = seq, hash, entry.Ref{}, 0
+	out.Seq, out.Hash, out.Previous, out.Closed, out.Before = seq, hash, entry.Ref{}, entry.Ref{}, nil
 	return out
 }
 
-// Before is the mark of before a proposed epoch.
-func (m *Mark) Before() Mark {
-	out := m.At(m.Previous.Seq, m.Previous.Hash)
-	out.Epoch = m.Proposed
-	if m.Previous.Seq > 0 { // else it had no chain yet: the new one will do
-		out.Chain = m.Previous.Chain
-	}
+// Back is the mark of before a 'recover start' that did not come to etcd.
+func (m *Mark) Back() Mark {
+	out := *m
+	out.Position, out.Before = *m.Before, nil
 	return out
 }
 
@@ -229,7 +233,7 @@ func (d *Dir) SaveMark(m *Mark, durable bool) error {
 
 // markSize is a mark's size with its padding: one page, so that a process cannot
 // be killed in the middle of writing it.
-const markSize = 2048
+const markSize = 4096
 
 // overwrite writes a small file in place, without fsync.
 func (d *Dir) overwrite(name string, b []byte) error {
@@ -409,6 +413,29 @@ func (d *Dir) IsQueued(a keyspace.AttachmentID) bool {
 type Holding struct {
 	ID    keyspace.AttachmentID `json:"id"`
 	Value keyspace.Attachment   `json:"value"`
+	// Earlier are other acquires by which it has the same: those that a restore took
+	// back, and a recovery asserted anew. Another restore may bring one back.
+	Earlier []entry.Ref `json:"earlier,omitempty"`
+}
+
+// maxEarlier is how many restores a pod's lease is told apart over.
+const maxEarlier = 16
+
+// By is the holding by another acquire, of the same.
+func (h Holding) By(value keyspace.Attachment) Holding {
+	out := Holding{ID: h.ID, Value: value}
+	for _, e := range append(h.Earlier, h.Value.Acquire) {
+		if e != value.Acquire && !e.IsZero() {
+			out.Earlier = append(out.Earlier, e)
+		}
+	}
+	out.Earlier = out.Earlier[max(0, len(out.Earlier)-maxEarlier):]
+	return out
+}
+
+// Acquires are all acquires by which it has what it has, the one that counts first.
+func (h *Holding) Acquires() []entry.Ref {
+	return append([]entry.Ref{h.Value.Acquire}, h.Earlier...)
 }
 
 // Prepare writes a holding where nothing reads it yet. Hold puts it in place. So a
@@ -530,9 +557,10 @@ func (d *Dir) Blocks(space, pool string) []netip.Prefix {
 }
 
 func (d *Dir) blocks() map[string][]netip.Prefix {
-	m := map[string][]netip.Prefix{}
-	if b, err := os.ReadFile(d.file("blocks")); err == nil {
-		_ = json.Unmarshal(b, &m) // a hint: what cannot be read is no hint
+	var m map[string][]netip.Prefix
+	b, err := os.ReadFile(d.file("blocks"))
+	if err != nil || json.Unmarshal(b, &m) != nil || m == nil {
+		return map[string][]netip.Prefix{} // a hint: what cannot be read is no hint
 	}
 	return m
 }

@@ -33,7 +33,7 @@ func must(t *testing.T, err error) {
 }
 
 func mark(seq uint64) *Mark {
-	return &Mark{Writer: "node/a", Machine: "m", Cluster: "c", Epoch: 1, Seq: seq, Revision: int64(10 * seq), Boot: "b"}
+	return &Mark{Writer: "node/a", Machine: "m", Cluster: "c", Position: Position{Epoch: 1, Seq: seq}, Revision: int64(10 * seq), Boot: "b"}
 }
 
 // TestTornMark: whatever a power loss makes of the file that is not synced, the
