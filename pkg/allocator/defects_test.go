@@ -1292,12 +1292,33 @@ func TestUnclaimByRecord(t *testing.T) {
 		t.Fatal(err)
 	}
 	block := b.Claims[0].Block
+	unclaim := func(node string) error {
+		w.admin.reconnect()
+		return w.admin.run(func(x *Writer) error { return x.Unclaim(bg, Claim{Block: block, Node: node}, "test") })
+	}
 	w.put(testKeys.Block(block), "garbage")
-	w.admin.reconnect()
+	if err := unclaim(""); !errors.Is(err, ErrIntegrity) {
+		t.Errorf("given back for nobody: %v", err)
+	}
+	if err := unclaim("n1"); !errors.Is(err, ErrNotFound) {
+		t.Errorf("given back for another: %v", err)
+	}
+	if err := unclaim("n0"); err != nil {
+		t.Fatal(err)
+	}
+	// Claimed again, and the key deleted.
+	n.mustAdd(t, p, "c2")
+	n.must(t, func(x *Writer) error { return x.Release(bg, n.attachment("c2"), "") })
+	w.del(testKeys.Block(block))
 	for _, node := range []string{"", "n1"} {
-		if err := w.admin.run(func(x *Writer) error { return x.Unclaim(bg, Claim{Block: block, Node: node}, "test") }); !errors.Is(err, ErrIntegrity) {
+		if err := unclaim(node); !errors.Is(err, ErrNotFound) {
 			t.Errorf("given back for %q: %v", node, err)
 		}
 	}
-	w.admin.must(t, func(x *Writer) error { return x.Unclaim(bg, Claim{Block: block, Node: "n0"}, "test") })
+	if err := unclaim("n0"); err != nil {
+		t.Fatal(err)
+	}
+	if err := unclaim("n0"); !errors.Is(err, ErrNotFound) {
+		t.Errorf("given back twice: %v", err)
+	}
 }

@@ -339,18 +339,21 @@ func unclaim(c Claim, reason string) func(s *session) error {
 			if err := s.refused(v); err != nil {
 				return err
 			}
-			if len(v.extra[0].KVs) == 0 {
-				return fmt.Errorf("block %v: %w", b, ErrNotFound)
-			}
 			var claim keyspace.Block
-			if err := keyspace.Decode(v.extra[0].KVs[0].Value, &claim); err != nil {
-				if c.Node == "" {
-					return fmt.Errorf("%w: %s: %w; 'ledger verify' says whose it is: give it back with --of NODE", ErrIntegrity, v.extra[0].KVs[0].Key, err)
-				}
+			kvs, spoilt := v.extra[0].KVs, errors.New("it is gone")
+			if len(kvs) == 1 {
+				spoilt = keyspace.Decode(kvs[0].Value, &claim)
+			}
+			switch {
+			case spoilt != nil && c.Node != "":
 				if claim, err = s.claimOnRecord(c.Node, b); err != nil {
 					return err
 				}
-			} else if c.Node != "" && c.Node != claim.Node {
+			case len(kvs) == 0:
+				return fmt.Errorf("block %v: %w", b, ErrNotFound)
+			case spoilt != nil:
+				return fmt.Errorf("%w: %s: %w; 'ledger verify' says whose it is: give it back with --of NODE", ErrIntegrity, kvs[0].Key, spoilt)
+			case c.Node != "" && c.Node != claim.Node:
 				return fmt.Errorf("block %v: %w: it is %s's, not %s's", b, ErrNotFound, claim.Node, c.Node)
 			}
 			if !c.Claim.IsZero() && claim.Claim != c.Claim {
@@ -370,7 +373,7 @@ func unclaim(c Claim, reason string) func(s *session) error {
 			_, err = s.commit(v, change{
 				entries: []*entry.Entry{e},
 				compare: []Compare{
-					{Key: s.Keys.Block(b), Mod: v.extra[0].KVs[0].Mod},
+					{Key: s.Keys.Block(b), Mod: modAt(v.extra[0])},
 					{Key: addresses.Key, End: addresses.End, Mod: v.revision}, // none changed since
 				},
 				writes: func([]entry.Ref) []Write { return []Write{{Key: s.Keys.Block(b), Delete: true}} },
@@ -380,19 +383,29 @@ func unclaim(c Claim, reason string) func(s *session) error {
 	}
 }
 
-// claimOnRecord finds a node's last claim of a block on its chains.
+// claimOnRecord finds a node's claim of a block on its chains, which nobody has given
+// back since.
 func (s *session) claimOnRecord(node string, b keyspace.BlockID) (keyspace.Block, error) {
 	var out keyspace.Block
-	var mod int64
-	err := s.entries(entry.Writer{Kind: entry.KindNode, Name: node}, func(kv KV, e *entry.Entry, ref entry.Ref) {
-		if e != nil && (e.Op == entry.Acquire || e.Op == entry.Claim) && e.Space == b.Space && e.Pool == b.Pool && slices.Contains(e.Blocks, b.Prefix) && kv.Mod > mod {
-			out, mod = keyspace.Block{Node: node, Claim: ref}, kv.Mod
+	var claimed, given int64
+	for _, writer := range []string{entry.Writer{Kind: entry.KindNode, Name: node}.String() + "/", string(entry.KindOperator) + "/"} {
+		err := s.entriesBelow(s.Keys.Chains()+writer, func(kv KV, e *entry.Entry, ref entry.Ref) {
+			switch {
+			case e == nil || e.Space != b.Space || e.Pool != b.Pool || e.Node != node || !slices.Contains(e.Blocks, b.Prefix):
+			case e.Op == entry.Unclaim:
+				given = max(given, kv.Mod)
+			case kv.Mod > claimed:
+				out, claimed = keyspace.Block{Node: node, Claim: ref}, kv.Mod
+			}
+		})
+		if err != nil {
+			return out, err
 		}
-	})
-	if err == nil && mod == 0 {
-		err = fmt.Errorf("%w: the record of %s has no claim of block %v; 'ledger verify' says whose it is", ErrIntegrity, node, b)
 	}
-	return out, err
+	if claimed <= given {
+		return out, fmt.Errorf("block %v: %w: by the record it is not %s's; 'ledger verify' says whose it is", b, ErrNotFound, node)
+	}
+	return out, nil
 }
 
 // Replacement says which writer may start anew, and how.
