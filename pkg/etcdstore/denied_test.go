@@ -27,11 +27,16 @@ type answers struct {
 	asked  atomic.Int64
 	roles  []string
 	last   atomic.Pointer[pb.TxnRequest]
+	silent atomic.Bool
 }
 
-func (a *answers) Txn(_ context.Context, r *pb.TxnRequest) (*pb.TxnResponse, error) {
+func (a *answers) Txn(ctx context.Context, r *pb.TxnRequest) (*pb.TxnResponse, error) {
 	a.asked.Add(1)
 	a.last.Store(r)
+	if a.silent.Load() {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
 	if a.left.Add(-1) >= 0 {
 		return nil, a.refuse
 	}

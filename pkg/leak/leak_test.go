@@ -489,6 +489,15 @@ func TestPartOfPods(t *testing.T) {
 	}
 }
 
+// TestNoPods: a list without a pod proves nothing.
+func TestNoPods(t *testing.T) {
+	for _, list := range []string{`{"kind": "PodList", "items": []}`, `{"kind": "List"}`, `{"kind": "List", "items": null}`} {
+		if err := new(Pods).Add(strings.NewReader(list)); err == nil {
+			t.Errorf("%s is believed", list)
+		}
+	}
+}
+
 // FuzzPods: whatever is read, a list is taken whole or not at all.
 func FuzzPods(f *testing.F) {
 	for _, s := range []string{
