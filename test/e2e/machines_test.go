@@ -295,7 +295,7 @@ func TestStale(t *testing.T) {
 			}
 			b.recover()
 			// A list that is cut off must not cost what runs its addresses.
-			if f := run(t, a.ledgerCommand("recover", "node", "--containers", "-")); f.exit != 1 || !strings.Contains(f.stderr, "lists no sandbox") {
+			if f := run(t, a.ledgerCommand("recover", "node", "--containers", "-")); f.exit != 2 || !strings.Contains(f.stderr, "lists no sandbox") {
 				t.Errorf("an empty list: exit status %d\n%s%s", f.exit, f.stdout, f.stderr)
 			}
 			got := a.recover()
