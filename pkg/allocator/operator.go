@@ -45,8 +45,8 @@ func (w *Writer) Init(ctx context.Context, reason string) (keyspace.Meta, bool, 
 				return fmt.Errorf("%w: %s is absent, but %s is there: this is no empty ledger; restore the backup, or choose another prefix", ErrIntegrity, s.Keys.Meta(), kvs[0].Key)
 			}
 			if s.mark != nil && s.mark.Seq > 0 {
-				return fmt.Errorf("%w: %s has written to cluster %s before, and this etcd is empty: it was wiped or is the wrong one; for a new ledger move %s away",
-					ErrIntegrity, s.Config.Writer, s.mark.Cluster, s.Dir.Path())
+				return fmt.Errorf("%w: %s has written to cluster %s before, and below %s nothing is in this etcd: it was wiped, or is the wrong one; for another ledger than that set LEDGER_OPERATOR_DIR to a directory of its own (%s is that cluster's)",
+					ErrIntegrity, s.Config.Writer, s.mark.Cluster, s.Keys.Prefix(), s.Dir.Path())
 			}
 			meta = keyspace.Meta{
 				Version: keyspace.FormatVersion, Cluster: newUUID(), EtcdCluster: keyspace.EtcdClusterID(r.Cluster),
