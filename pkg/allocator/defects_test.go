@@ -68,10 +68,8 @@ func (nobody) Leaked(keyspace.AttachmentID, entry.Ref) bool { return true }
 // TestRecoverAgain: on a node that has recovered, or never had to, 'recover node'
 // changes nothing, whatever the list says.
 func TestRecoverAgain(t *testing.T) {
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	w, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
 	for round := range 2 {
 		if _, err := n.add(p, fmt.Sprint("c", round)); err != nil {
 			t.Fatal(err)
@@ -91,10 +89,8 @@ func TestRecoverAgain(t *testing.T) {
 // TestRecoverBetween: what a DEL ends while 'recover node' is under way stays ended,
 // though it was listed before and the DEL did not get the lock.
 func TestRecoverBetween(t *testing.T) {
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	w, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
 	for _, c := range []string{"a", "b"} {
 		if _, err := n.add(p, c); err != nil {
 			t.Fatal(err)
@@ -157,10 +153,8 @@ func TestEndedStaysEnded(t *testing.T) {
 // TestHeldTwice: of two pods of a node that remember one address the later has it,
 // also where the restore lost all that happened to it.
 func TestHeldTwice(t *testing.T) {
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	w, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
 	ip := netip.MustParseAddr("10.22.0.9")
 	if _, err := n.add(p, "first", ip); err != nil {
 		t.Fatal(err)
@@ -178,10 +172,8 @@ func TestHeldTwice(t *testing.T) {
 
 // TestNoSpace: an answer that there is no space says nothing of the commit.
 func TestNoSpace(t *testing.T) {
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	w, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
 	for i, c := range []string{"a", "b"} { // the second on an open chain
 		n.reconnect()
 		n.conn.next = fullApplied
@@ -250,10 +242,8 @@ func TestNoSpaceFences(t *testing.T) {
 func TestOldMark(t *testing.T) {
 	defer func(n int64) { followPage = n }(followPage)
 	followPage = 16
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	_, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
 	if _, err := n.add(p, "first"); err != nil {
 		t.Fatal(err)
 	}
@@ -325,10 +315,8 @@ func TestForgedHead(t *testing.T) {
 
 // TestLateStop: a stop that was sent before the drill does not land after it.
 func TestLateStop(t *testing.T) {
-	w := newWorld(t, 2)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	w, p, nodes := stage(t, 2, "10.22.0.0/24")
+	n := nodes[0]
 	for _, x := range w.nodes {
 		if _, err := x.add(p, "a-"+x.who.Name); err != nil {
 			t.Fatal(err)
@@ -361,10 +349,8 @@ func TestLateStop(t *testing.T) {
 // TestNewBoot: what was sent in an earlier boot cannot land after the first answer
 // of this one, though the file that says so went with the power.
 func TestNewBoot(t *testing.T) {
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	w, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
 	if _, err := n.add(p, "a"); err != nil {
 		t.Fatal(err)
 	}
@@ -409,10 +395,8 @@ func TestFirstCommit(t *testing.T) {
 
 // TestLaggingViews: what is answered without a commit is read linearizable.
 func TestLaggingViews(t *testing.T) {
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	w, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
 	for _, c := range []string{"warm", "a"} {
 		if _, err := n.add(p, c); err != nil {
 			t.Fatal(err)
@@ -599,10 +583,8 @@ func TestSpoiltQueue(t *testing.T) {
 // TestRemovedWhileItLives: a removed node that lives is refused until its last lease
 // is ended, and what it gets after that no operator ends who decided before.
 func TestRemovedWhileItLives(t *testing.T) {
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	w, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
 	other := w.machine(entry.Writer{Kind: entry.KindOperator, Name: "other@desk"})
 	for _, c := range []string{"a", "b"} {
 		if _, err := n.add(p, c); err != nil {
@@ -656,10 +638,8 @@ func TestRemovedWhileItLives(t *testing.T) {
 
 // TestReplaceAfterRemove: a removal that nobody finished is taken back by a replace.
 func TestReplaceAfterRemove(t *testing.T) {
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	w, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
 	if _, err := n.add(p, "a"); err != nil {
 		t.Fatal(err)
 	}
@@ -756,10 +736,8 @@ func TestStartKilled(t *testing.T) {
 // TestManyBoots: a machine that boots again and again is itself, whether it commits
 // in a boot or not, and whatever of its files a power loss tears.
 func TestManyBoots(t *testing.T) {
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	_, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
 	if _, err := n.add(p, "a"); err != nil {
 		t.Fatal(err)
 	}
@@ -1077,10 +1055,8 @@ func TestEndSpoilt(t *testing.T) {
 // TestRemovedDrill: a drill lets no node in that is being removed; and who removes
 // one ends nothing of it once it was let in.
 func TestRemovedDrill(t *testing.T) {
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	w, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
 	other := w.machine(entry.Writer{Kind: entry.KindOperator, Name: "other@desk"})
 	n.mustAdd(t, p, "c1")
 	b, err := w.admin.writer().Belongings(bg, "n0")
@@ -1228,10 +1204,8 @@ func TestTwinByRecover(t *testing.T) {
 
 // TestQueueStarves: files that are no releases keep none waiting.
 func TestQueueStarves(t *testing.T) {
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	_, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
 	n.mustAdd(t, p, "c1")
 	n.conn.next = deafReads
 	if err := n.del("c1"); err != nil {
@@ -1255,10 +1229,8 @@ func TestQueueStarves(t *testing.T) {
 // TestFrozenDrain: what a frozen ledger keeps from being done, 'recover node' does not
 // do either; in a drill it does.
 func TestFrozenDrain(t *testing.T) {
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	w, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
 	n.mustAdd(t, p, "c1")
 	w.admin.must(t, func(x *Writer) error { _, err := x.Freeze(bg, "an audit"); return err })
 	n.must(t, func(x *Writer) error { return x.Release(bg, n.attachment("c1"), "") })
@@ -1280,10 +1252,8 @@ func TestFrozenDrain(t *testing.T) {
 // TestUnclaimByRecord: a claim that cannot be read is given back for whose it is by
 // the record, and for nobody else.
 func TestUnclaimByRecord(t *testing.T) {
-	w := newWorld(t, 2)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	w, p, nodes := stage(t, 2, "10.22.0.0/24")
+	n := nodes[0]
 	n.mustAdd(t, p, "c1")
 	w.nodes[1].mustAdd(t, p, "d1")
 	n.must(t, func(x *Writer) error { return x.Release(bg, n.attachment("c1"), "") })

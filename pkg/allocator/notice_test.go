@@ -73,10 +73,8 @@ func TestLostReplySettled(t *testing.T) {
 // TestFirstCommitRefused: with the first commit of a chain under way, another that
 // was refused, or never sent, says nothing of it.
 func TestFirstCommitRefused(t *testing.T) {
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	w, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
 	n.conn.next = killSent
 	if _, err := n.add(p, "a"); !errors.Is(err, errKilled) {
 		t.Fatal(err)
@@ -95,10 +93,8 @@ func TestFirstCommitRefused(t *testing.T) {
 
 // TestOpensBehind: a node's chain is not opened in the epoch of a view that lags.
 func TestOpensBehind(t *testing.T) {
-	w := newWorld(t, 2)
-	defer w.store.check(t)
-	w.init(t)
-	p, n, fresh := mustPool(t, "10.22.0.0/24"), w.nodes[0], w.nodes[1]
+	w, p, nodes := stage(t, 2, "10.22.0.0/24")
+	n, fresh := nodes[0], nodes[1]
 	n.mustAdd(t, p, "a")
 	before := w.store.now().revision
 	w.nodes = w.nodes[:1]
@@ -112,10 +108,8 @@ func TestOpensBehind(t *testing.T) {
 // TestReleaseLagging: an operator's release that finds nothing, by a member that lags,
 // looks again.
 func TestReleaseLagging(t *testing.T) {
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	w, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
 	n.mustAdd(t, p, "a")
 	w.admin.conn.lag = 1
 	if err := w.admin.run(func(x *Writer) error { return x.ReleaseLease(bg, n.attachment("a"), entry.Ref{}, "test") }); err != nil {
@@ -170,10 +164,8 @@ func TestQueuedNotAsserted(t *testing.T) {
 // TestQueueFileGone: a release that was queued, and whose file was then damaged and
 // moved away, is not asserted by a drill.
 func TestQueueFileGone(t *testing.T) {
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	w, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
 	n.mustAdd(t, p, "a")
 	n.conn.next = killUnsent // what became of this one the DEL has to find out first
 	if _, err := n.add(p, "b"); !errors.Is(err, errKilled) {
@@ -196,10 +188,8 @@ func TestQueueFileGone(t *testing.T) {
 // TestReplacedAndRestored: a node whose replacement a restore has taken back has a
 // key that nothing vouches for. It is refused until it is replaced again.
 func TestReplacedAndRestored(t *testing.T) {
-	w := newWorld(t, 2)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	w, p, nodes := stage(t, 2, "10.22.0.0/24")
+	n := nodes[0]
 	n.mustAdd(t, p, "a")
 	w.nodes[1].mustAdd(t, p, "b")
 	before := w.store.now().revision
@@ -255,10 +245,8 @@ func TestAnotherLease(t *testing.T) {
 // TestAddOverQueued: an ADD ends the queued release of its attachment first, which
 // would end the new lease later.
 func TestAddOverQueued(t *testing.T) {
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	w, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
 	n.mustAdd(t, p, "a")
 	n.conn.next = deafReads
 	if err := n.del("a"); err != nil {
@@ -273,10 +261,8 @@ func TestAddOverQueued(t *testing.T) {
 
 // TestReapOld: reaping a lease that has ended leaves what is held by the next.
 func TestReapOld(t *testing.T) {
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	w, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
 	n.mustAdd(t, p, "a")
 	old := w.has(n, "a").Acquire
 	n.must(t, func(x *Writer) error { return x.Release(bg, n.attachment("a"), "") })
@@ -289,10 +275,8 @@ func TestReapOld(t *testing.T) {
 
 // TestGCOneNetwork: GC of one network forgets nothing that is held in another.
 func TestGCOneNetwork(t *testing.T) {
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	_, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
 	id := n.attachment("a")
 	id.Network = "other"
 	n.must(t, func(x *Writer) error { _, err := x.Acquire(bg, Request{ID: id, Pool: p}); return err })
@@ -305,10 +289,8 @@ func TestGCOneNetwork(t *testing.T) {
 // TestDelWithoutLock: a DEL that cannot have the lock queues, and what is held is
 // left to who has the lock.
 func TestDelWithoutLock(t *testing.T) {
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	w, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
 	n.mustAdd(t, p, "a")
 	id := n.attachment("a")
 	unlock, err := n.writer().Dir.Lock(bg)
@@ -421,10 +403,8 @@ func TestBrokenChain(t *testing.T) {
 // TestOtherMachine: a state directory is used on the machine that made it, and on
 // another it does not even fence.
 func TestOtherMachine(t *testing.T) {
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	w, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
 	n.mustAdd(t, p, "a")
 	n.conn.next = killUnsent // else there is nothing to fence
 	if _, err := n.add(p, "b"); !errors.Is(err, errKilled) {
@@ -444,10 +424,8 @@ func TestOtherMachine(t *testing.T) {
 // TestOpenedBefore: a state directory that was put back to when its chain was not
 // open yet does not pass for one whose chain nobody has opened.
 func TestOpenedBefore(t *testing.T) {
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	w, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
 	image := filepath.Join(w.root, "image")
 	w.step = func(at string) {
 		if at == "enrolled" {
@@ -477,10 +455,8 @@ func TestOpenedBefore(t *testing.T) {
 // TestRecoverOtherAddress: a drill gives a pod the address that it has, and not the
 // one that a restore brought back.
 func TestRecoverOtherAddress(t *testing.T) {
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	w, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
 	n.mustAdd(t, p, "a")
 	n.must(t, func(x *Writer) error { return x.Release(bg, n.attachment("a"), "") })
 	want := n.mustAdd(t, p, "a", netip.MustParseAddr("10.22.0.9"))
@@ -494,10 +470,8 @@ func TestRecoverOtherAddress(t *testing.T) {
 // TestRecoverKilled: what a run of the drill asserted, before it was killed, and an
 // operator ended since, stays ended.
 func TestRecoverKilled(t *testing.T) {
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	w, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
 	n.mustAdd(t, p, "a")
 	w.store.restore(1, true)
 	w.admin.must(t, func(x *Writer) error { _, _, err := x.RecoverStart(bg, 0, "test"); return err })
@@ -529,10 +503,8 @@ func TestRecoverKilled(t *testing.T) {
 
 // TestThawWaits: a node that has begun to recover and not ended is waited for.
 func TestThawWaits(t *testing.T) {
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	w, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
 	n.mustAdd(t, p, "a")
 	w.admin.must(t, func(x *Writer) error { _, _, err := x.RecoverStart(bg, 0, "test"); return err })
 	n.must(t, func(x *Writer) error { _, _, err := x.Enter(bg); return err })
@@ -546,10 +518,8 @@ func TestThawWaits(t *testing.T) {
 
 // TestEpochNeverTwice: a restore to before a drill gets an epoch that nobody has seen.
 func TestEpochNeverTwice(t *testing.T) {
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	w, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
 	n.mustAdd(t, p, "a")
 	backup := w.store.now().revision
 	w.drill(t)
@@ -624,10 +594,8 @@ func TestFullPoolForgotten(t *testing.T) {
 // TestRemovedAndBack: a node that had nothing when it was removed, and comes back at
 // once, keeps what it gets then.
 func TestRemovedAndBack(t *testing.T) {
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	w, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
 	n.mustAdd(t, p, "a", netip.MustParseAddr("10.22.0.9")) // claims nothing
 	n.must(t, func(x *Writer) error { return x.Release(bg, n.attachment("a"), "") })
 	b, err := w.admin.writer().Belongings(bg, "n0")
@@ -651,10 +619,8 @@ func TestRemovedAndBack(t *testing.T) {
 // TestUnclaimNamed: a block that was claimed anew since is not given back for its
 // old claim.
 func TestUnclaimNamed(t *testing.T) {
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
-	p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+	w, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
 	var old Claim
 	for i := range 2 {
 		c := fmt.Sprint("c", i)

@@ -443,35 +443,25 @@ func TestHostileExport(t *testing.T) {
 		_ = l.State(context.Background(), func(r Record) error { out = append(out, r); return nil })
 		return out
 	}
+	bare := func(kind string) []Record {
+		var out, without []Record
+		for _, r := range live() {
+			if rel := strings.TrimPrefix(r.Key, l.keys.Prefix()); strings.HasPrefix(rel, kind) {
+				r.Key = rel
+				without = append(without, r)
+			} else {
+				out = append(out, r)
+			}
+		}
+		return append(out, without...)
+	}
 	for _, c := range []struct {
 		name string
 		live func() []Record
 		want Code
 	}{
-		{"addresses without the prefix", func() []Record {
-			var out, bare []Record
-			for _, r := range live() {
-				if rel := strings.TrimPrefix(r.Key, l.keys.Prefix()); strings.HasPrefix(rel, "addresses/") {
-					r.Key = rel
-					bare = append(bare, r)
-				} else {
-					out = append(out, r)
-				}
-			}
-			return append(out, bare...)
-		}, UnknownKey},
-		{"attachments without the prefix", func() []Record {
-			var out, bare []Record
-			for _, r := range live() {
-				if rel := strings.TrimPrefix(r.Key, l.keys.Prefix()); strings.HasPrefix(rel, "attachments/") {
-					r.Key = rel
-					bare = append(bare, r)
-				} else {
-					out = append(out, r)
-				}
-			}
-			return append(out, bare...)
-		}, UnknownKey},
+		{"addresses without the prefix", func() []Record { return bare("addresses/") }, UnknownKey},
+		{"attachments without the prefix", func() []Record { return bare("attachments/") }, UnknownKey},
 		{"a live key twice", func() []Record { all := live(); return slices.Insert(all, 1, all[0]) }, Order},
 	} {
 		r, err := Verify(context.Background(), exportOf(t, export(t, altered{l, c.live()})), Options{})
