@@ -588,6 +588,19 @@ pod that gets it collides with it.`,
 			end := w.ReleaseLease
 			if spoilt != nil && address.Holder != nil {
 				end, value.Acquire = w.Lost, address.Acquire
+			} else if spoilt != nil {
+				// The lease that the record has now, and none that comes after.
+				b, err := w.Belongings(ctx, id.Node)
+				if err != nil {
+					return err
+				}
+				for _, l := range b.Leases {
+					if l.ID == id && l.Spoilt == nil {
+						return refuse("look again", "the key of attachment %v can be read by now", id)
+					} else if l.ID == id {
+						value.Acquire = l.Value.Acquire
+					}
+				}
 			}
 			if err := end(ctx, id, value.Acquire, *reason); err != nil {
 				return err

@@ -1,6 +1,7 @@
 package allocator
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -580,4 +581,288 @@ func TestEpochOfAnotherEtcd(t *testing.T) {
 	b.must(t, start)
 	n.refuses(t, "epoch", n.adds(p, "b"))
 	n.refuses(t, "'ledger recover start --epoch 3' comes first", recoverNode)
+}
+
+// beforeRead calls f before the n-th read.
+type beforeRead struct {
+	Store
+	n int
+	f func()
+}
+
+func (h *beforeRead) Read(ctx context.Context, serializable bool, gets []Get) (*Reply, error) {
+	if h.n--; h.n == 0 {
+		h.f()
+	}
+	return h.Store.Read(ctx, serializable, gets)
+}
+
+// TestEndedByTwo: what a colleague, or the pod's own DEL, ends or gives back while an
+// operator reads the record, he does not put on it once more.
+func TestEndedByTwo(t *testing.T) {
+	lost := func(n *machine) func(x *Writer) error {
+		return func(x *Writer) error { return x.Lost(bg, n.attachment("a"), entry.Ref{}, "test") }
+	}
+	for name, other := range map[string]func(t *testing.T, n, b *machine){
+		"a colleague": func(t *testing.T, n, b *machine) { b.must(t, lost(n)) },
+		"the DEL": func(t *testing.T, n, _ *machine) {
+			n.must(t, func(x *Writer) error { return x.Release(bg, n.attachment("a"), "") })
+		},
+	} {
+		for reads := 1; reads <= 3; reads++ { // of the node's chains, the operators', the view
+			t.Run(fmt.Sprint(name, reads), func(t *testing.T) {
+				w, p, nodes := stage(t, 1, "10.22.0.0/24")
+				n := nodes[0]
+				n.mustAdd(t, p, "a")
+				b := w.operator(t)
+				w.del(testKeys.Attachment(n.attachment("a")))
+				w.admin.reconnect()
+				err := w.admin.run(func(x *Writer) error {
+					x.Store = &beforeRead{x.Store, reads, func() { other(t, n, b) }}
+					return lost(n)(x)
+				})
+				if !errors.Is(err, ErrNotFound) {
+					t.Errorf("%v, want %v", err, ErrNotFound)
+				}
+			})
+		}
+	}
+	t.Run("robbed", func(t *testing.T) { // no key that is compared changes
+		w := newWorld(t, 1)
+		w.init(t)
+		p, n := mustPool(t, "10.22.0.0/24"), w.nodes[0]
+		ip := n.mustAdd(t, p, "a")[0]
+		w.del(testKeys.Address("default", ip))
+		n.mustAdd(t, p, "b", ip)
+		w.del(testKeys.Attachment(n.attachment("a")))
+		b := w.operator(t)
+		w.admin.reconnect()
+		w.admin.conn.between = func() { b.must(t, lost(n)) }
+		if err := w.admin.run(lost(n)); !errors.Is(err, ErrNotFound) {
+			t.Errorf("%v, want %v", err, ErrNotFound)
+		}
+		w.store.finds(t, "DOUBLE-ALLOC")
+	})
+	t.Run("block", func(t *testing.T) {
+		w, p, nodes := stage(t, 1, "10.22.0.0/24")
+		n := nodes[0]
+		n.mustAdd(t, p, "a")
+		if err := n.del("a"); err != nil {
+			t.Fatal(err)
+		}
+		b := w.operator(t)
+		block := keyspace.BlockID{Space: "default", Pool: "net", Prefix: n.writer().Dir.Blocks("default", "net")[0]}
+		w.del(testKeys.Block(block))
+		unclaim := func(x *Writer) error { return x.Unclaim(bg, Claim{Block: block, Node: "n0"}, "test") }
+		w.admin.reconnect()
+		w.admin.conn.between = func() { b.must(t, unclaim) }
+		if err := w.admin.run(unclaim); !errors.Is(err, ErrNotFound) {
+			t.Errorf("%v, want %v", err, ErrNotFound)
+		}
+	})
+}
+
+// TestKeyedThenDrill: a writer that was closed, has its new key and died before it had
+// more, comes back by a drill, though its first chain was opened by a process that did
+// not live to note it; also where a restore takes the close back.
+func TestKeyedThenDrill(t *testing.T) {
+	t.Run("node", func(t *testing.T) {
+		w, p, nodes := stage(t, 1, "10.22.0.0/24")
+		n := nodes[0]
+		n.conn.next = killApplied
+		if _, err := n.add(p, "a"); !errors.Is(err, errKilled) {
+			t.Fatal(err)
+		}
+		w.admin.must(t, replaces(n))
+		n.dies(t, "keyed", 1, n.adds(p, "b"))
+		w.admin.must(t, start)
+		n.must(t, recoverNode)
+	})
+	t.Run("operator", func(t *testing.T) {
+		w, _, _ := stage(t, 1, "10.22.0.0/24")
+		b := w.machine(entry.Writer{Kind: entry.KindOperator, Name: "b@desk"})
+		b.conn.next = killApplied
+		if err := b.run(freeze); !errors.Is(err, errKilled) {
+			t.Fatal(err)
+		}
+		w.admin.must(t, replaces(b))
+		b.dies(t, "keyed", 1, thaw)
+		w.admin.must(t, start)
+		b.must(t, thaw)
+	})
+	t.Run("restored", func(t *testing.T) {
+		w, p, nodes := stage(t, 1, "10.22.0.0/24")
+		n := nodes[0]
+		n.conn.next = killApplied
+		if _, err := n.add(p, "a"); !errors.Is(err, errKilled) {
+			t.Fatal(err)
+		}
+		before := slices.Clone(w.store.history)
+		w.admin.must(t, replaces(n))
+		n.dies(t, "keyed", 1, n.adds(p, "b"))
+		w.store.history, w.store.cluster = before, w.store.cluster+1
+		w.admin.must(t, start)
+		n.refuses(t, "'ledger node replace n0'", recoverNode)
+		w.admin.must(t, replaces(n))
+		n.must(t, recoverNode)
+	})
+	t.Run("unnoticed", func(t *testing.T) { // with the old token, and the node lost nothing
+		w, p, nodes := stage(t, 1, "10.22.0.0/24")
+		n := nodes[0]
+		n.mustAdd(t, p, "a")
+		before := slices.Clone(w.store.history)
+		w.admin.must(t, replaces(n))
+		n.dies(t, "keyed", 1, n.adds(p, "b"))
+		w.store.history = before
+		n.refuses(t, "'ledger node replace n0'", n.adds(p, "c"))
+	})
+}
+
+// TestReplacedInADrill: a node whose state directory is whole knows what is gone, also
+// where a drill wants it replaced: the drill does not give it back.
+func TestReplacedInADrill(t *testing.T) {
+	w, p, nodes := stage(t, 2, "10.22.0.0/24")
+	a, b := nodes[0], nodes[1]
+	ip := a.mustAdd(t, p, "gone")[0]
+	b.mustAdd(t, p, "other")
+	old := slices.Clone(w.store.history)
+	w.admin.must(t, replaces(a))
+	a.mustAdd(t, p, "runs")
+	a.reconnect()
+	if err := a.del("gone"); err != nil {
+		t.Fatal(err)
+	}
+	b.mustAdd(t, p, "took", ip)
+	w.store.history, w.store.cluster = old, w.store.cluster+1
+	w.admin.must(t, start)
+	a.refuses(t, "'ledger node replace n0'", recoverNode)
+	w.admin.must(t, replaces(a))
+	for _, n := range nodes {
+		n.must(t, func(x *Writer) error {
+			r, err := x.Recover(bg, nil, "test")
+			if err == nil && !r.Done {
+				t.Errorf("%v: %+v", n.who, r)
+			}
+			return err
+		})
+	}
+	if w.has(a, "gone") != nil || w.has(a, "runs") == nil || w.has(b, "took") == nil {
+		t.Errorf("gone %v, runs %v, took %v", w.has(a, "gone"), w.has(a, "runs"), w.has(b, "took"))
+	}
+}
+
+// TestAttachmentGoneLater: the lease of a pod whose attachment's key somebody deleted
+// does not leak, whoever comes next.
+func TestAttachmentGoneLater(t *testing.T) {
+	drain := func(x *Writer) error { _, err := x.Drain(bg); return err }
+	for name, next := range map[string]func(t *testing.T, w *world, n *machine){
+		"a DEL that waits": func(t *testing.T, w *world, n *machine) {
+			w.admin.must(t, freeze)
+			n.reconnect()
+			if err := n.del("a"); err != nil {
+				t.Fatal(err)
+			}
+			w.admin.must(t, thaw)
+			n.must(t, drain)
+		},
+		"a drill": func(t *testing.T, w *world, n *machine) {
+			if r := w.drill(t)["n0"]; r.Kept != 1 || n.writer().Dir.Holding(n.attachment("a")) == nil {
+				t.Errorf("the pod runs: %+v", r)
+			}
+			n.reconnect()
+			if err := n.del("a"); err != nil {
+				t.Fatal(err)
+			}
+		},
+		"GC": func(t *testing.T, _ *world, n *machine) {
+			n.must(t, func(x *Writer) error { _, err := x.GC(bg, "net", nil); return err })
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w, p, nodes := stage(t, 1, "10.22.0.0/24")
+			n := nodes[0]
+			ip := n.mustAdd(t, p, "a")[0]
+			w.del(testKeys.Attachment(n.attachment("a")))
+			next(t, w, n)
+			n.mustAdd(t, p, "b", ip)
+		})
+	}
+	t.Run("half of it", func(t *testing.T) { // an operator has to
+		w := newWorld(t, 1)
+		w.init(t)
+		p, n := mustPool(t, "10.22.0.0/24", "fd00::/64"), w.nodes[0]
+		ips := n.mustAdd(t, p, "a")
+		acquire := w.has(n, "a").Acquire
+		w.del(testKeys.Attachment(n.attachment("a")))
+		w.del(testKeys.Address("default", ips[0]))
+		n.reconnect()
+		if err := n.del("a"); err != nil || !n.writer().Dir.IsQueued(n.attachment("a")) {
+			t.Errorf("%v; it does not wait", err)
+		}
+		w.admin.must(t, func(x *Writer) error { return x.Lost(bg, n.attachment("a"), acquire, "test") })
+		n.must(t, drain)
+		if n.writer().Dir.IsQueued(n.attachment("a")) {
+			t.Error("it waits yet")
+		}
+		w.store.check(t)
+	})
+}
+
+// TestRepeatedAddRemembers: an ADD that is repeated forgets no acquire by which the pod
+// held what it has.
+func TestRepeatedAddRemembers(t *testing.T) {
+	w, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
+	n.mustAdd(t, p, "first")
+	older := slices.Clone(w.store.history)
+	n.mustAdd(t, p, "x")
+	younger := slices.Clone(w.store.history)
+	w.store.history, w.store.cluster = older, w.store.cluster+1
+	w.drill(t)
+	n.mustAdd(t, p, "x")
+	w.store.history, w.store.cluster = younger, w.store.cluster+1
+	w.admin.must(t, start)
+	w.admin.must(t, func(x *Writer) error { return x.ReleaseLease(bg, n.attachment("x"), entry.Ref{}, "x is to go") })
+	n.must(t, recoverNode)
+	if w.has(n, "x") != nil {
+		t.Error("what was ended on the record is back")
+	}
+}
+
+// TestHeadGoneThenDrill: a writer whose head is gone opens no second first chain in a
+// drill; the way out that it names makes the head again.
+func TestHeadGoneThenDrill(t *testing.T) {
+	w, p, nodes := stage(t, 1, "10.22.0.0/24")
+	n := nodes[0]
+	n.mustAdd(t, p, "a")
+	b := w.operator(t)
+	w.del(testKeys.Writer(n.who))
+	w.del(testKeys.Writer(b.who))
+	b.refuses(t, "its chain is there; its way out: another operator's", start)
+	w.admin.must(t, start)
+	n.refuses(t, "'ledger node replace n0'", recoverNode)
+	w.admin.must(t, replaces(n))
+	n.must(t, recoverNode)
+	recovered := func(x *Writer) error { _, err := x.Thaw(bg, []string{"n0"}, nil, "test"); return err }
+	b.refuses(t, "its chain is there; its way out: another operator's", recovered)
+	w.admin.must(t, replaces(b))
+	b.must(t, recovered)
+}
+
+// TestOperatorOfAnotherEtcd: an operator who began a recovery in an etcd that was given
+// up since goes on in the one that another operator began with.
+func TestOperatorOfAnotherEtcd(t *testing.T) {
+	w, p, nodes := stage(t, 1, "10.22.0.0/24")
+	nodes[0].mustAdd(t, p, "a")
+	b := w.operator(t)
+	w.admin.must(t, freeze)
+	w.admin.must(t, thaw)
+	old := slices.Clone(w.store.history)
+	w.store.history, w.store.cluster = slices.Clone(old), w.store.cluster+1
+	b.must(t, start)
+	w.store.history, w.store.cluster = slices.Clone(old), w.store.cluster+1
+	w.admin.must(t, start)
+	nodes[0].must(t, recoverNode)
+	b.must(t, func(x *Writer) error { _, err := x.Thaw(bg, []string{"n0"}, nil, "test"); return err })
+	b.must(t, freeze)
 }

@@ -44,10 +44,14 @@ func (s *session) commit(v *view, c change) ([]entry.Ref, error) {
 	s.step("enrolled")
 	all := c.entries
 	opens := s.mark.Seq == 0
+	if err := s.sameKey(v); err != nil {
+		return nil, err
+	}
 	if opens {
-		if w := v.writer; w != nil && w.Closed.IsZero() && w.Key != s.vkey {
-			// Who verifies would have to believe it of anybody.
-			return nil, s.unfit(v, "its key is %.100q, this machine's is %q, and nobody closed its chain: a restore took back that this writer was replaced", w.Key, s.vkey)
+		if v.writer == nil {
+			if err := s.neverWrote(); err != nil {
+				return nil, err
+			}
 		}
 		all = append([]*entry.Entry{s.open(v)}, all...)
 	}
@@ -168,6 +172,30 @@ func (s *session) commit(v *view, c change) ([]entry.Ref, error) {
 	return own, nil
 }
 
+// sameKey refuses to go on after what another key signed, unless an operator closed
+// that: who verifies would have to believe it of anybody.
+func (s *session) sameKey(v *view) error {
+	w := v.writer
+	if w == nil || !w.Closed.IsZero() || w.Key == s.vkey {
+		return nil
+	}
+	return s.unfit(v, "its key is %.100q, this machine's is %q, and nobody closed its chain: a restore took back that this writer was replaced, or the key is of another directory", w.Key, s.vkey)
+}
+
+// neverWrote refuses to open a chain without a predecessor where there is one whose
+// head is gone.
+func (s *session) neverWrote() error {
+	chains := s.Keys.Chains() + s.Config.Writer.String() + "/"
+	r, err := s.Store.Read(s.ctx, false, []Get{{Key: chains, End: keyspace.After(chains), Limit: 1}})
+	if err != nil {
+		return err
+	}
+	if len(r.Ranges[0].KVs) > 0 {
+		return fmt.Errorf("%w: %s is absent, and its chain is there; its way out: %s", ErrIntegrity, s.Keys.Writer(s.Config.Writer), s.wayOut())
+	}
+	return nil
+}
+
 // nothingSent notes that a commit was not done and never will be. What was sent
 // before it may still be.
 func (s *session) nothingSent() error {
@@ -276,9 +304,12 @@ func (s *session) startAnew(v *view) error {
 		return err
 	}
 	s.Log.Warn("an operator replaced this writer: a new chain is opened", "closed", v.writer.Closed)
-	recovering, err := s.holdAgain(live, unread)
-	if err != nil {
-		return err
+	recovering := v.meta.Recovering
+	if s.mark == nil || s.broken != nil || !recovering {
+		// In a drill a state directory that is whole knows what is held, and what is not.
+		if recovering, err = s.holdAgain(live, unread); err != nil {
+			return err
+		}
 	}
 	// In a drill every chain ends its part with a recover entry: thaw waits for it.
 	return s.newMark(v, statedir.Mark{Position: statedir.Position{Recovering: recovering || v.meta.Recovering}}, skey)

@@ -1176,6 +1176,11 @@ func TestRecoverStartTwice(t *testing.T) {
 	w.step = nil
 	w.admin.must(t, func(x *Writer) error { _, err := x.Freeze(bg, "test"); return err })
 	w.admin.must(t, start(7))
+	for _, kv := range w.store.now().keys {
+		if e, err := entry.Parse(kv.value); err == nil && !e.Mark.IsZero() {
+			t.Errorf("a chain is opened by a writer that says it lost %s", e.Mark)
+		}
+	}
 }
 
 // TestTwinByRecover: a twin that wrote first is noticed, whatever the original does

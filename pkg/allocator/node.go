@@ -227,6 +227,9 @@ func (s *session) hold(id keyspace.AttachmentID) error {
 
 // remember notes what an attachment holds, where that needs no commit.
 func (s *session) remember(id keyspace.AttachmentID, value keyspace.Attachment) error {
+	if h := s.Dir.Holding(id); h != nil && h.Value.Space == value.Space && slices.Equal(addrsOf(h.Value.Leases), addrsOf(value.Leases)) {
+		return s.note(h.By(value))
+	}
 	return s.note(statedir.Holding{ID: id, Value: value})
 }
 
@@ -326,6 +329,14 @@ func (s *session) leased(id keyspace.AttachmentID, a *keyspace.Attachment, answe
 	return compare, nil
 }
 
+// names reports whether an address key says that the attachment has it by its acquire.
+func (s *session) names(id keyspace.AttachmentID, a *keyspace.Attachment, answers []Range) bool {
+	return slices.ContainsFunc(answers[:len(a.Leases)], func(r Range) bool {
+		var v keyspace.Address
+		return len(r.KVs) == 1 && decodeAddress(r.KVs[0].Value, &v) == nil && v.State == keyspace.Leased && *v.Holder == id && v.Acquire == a.Acquire
+	})
+}
+
 func (s *session) namedPool(name string, r Range) (*Pool, int64, error) {
 	if len(r.KVs) == 0 {
 		return nil, 0, fmt.Errorf("%w: %q (%s is absent)", ErrNoPool, name, s.Keys.Pool(name))
@@ -346,7 +357,16 @@ func (s *session) namedPool(name string, r Range) (*Pool, int64, error) {
 // too: only where that fails does it return an error, ErrState.
 func (w *Writer) Release(ctx context.Context, id keyspace.AttachmentID, reason string) error {
 	s := &session{Writer: w}
+	var holds *keyspace.Attachment
+	note := func() {
+		if h := w.Dir.Holding(id); h != nil {
+			holds = &h.Value
+		}
+	}
 	enqueue := func(err error) error {
+		if holds == nil {
+			note()
+		}
 		// Where the node's name was changed, the pod is from before: etcd has it under
 		// the name that the state directory remembers.
 		if m, merr := w.Dir.LoadMark(); merr == nil && m != nil && id.Node == w.Config.Writer.Name {
@@ -355,7 +375,7 @@ func (w *Writer) Release(ctx context.Context, id keyspace.AttachmentID, reason s
 			}
 		}
 		w.Log.Warn("release queued", "attachment", id.String(), "err", err)
-		if err := w.Dir.Enqueue(statedir.Queued{Attachment: id, Time: w.Now().UTC(), Reason: reason}); err != nil {
+		if err := w.Dir.Enqueue(statedir.Queued{Attachment: id, Time: w.Now().UTC(), Reason: reason, Holds: holds}); err != nil {
 			return fmt.Errorf("%w: release of %v can be neither committed nor queued: %w", ErrState, id, err)
 		}
 		return nil
@@ -371,6 +391,7 @@ func (w *Writer) Release(ctx context.Context, id keyspace.AttachmentID, reason s
 		return nil
 	}
 	err := w.withSession(ctx, s, func(s *session) error {
+		note()
 		if err := s.letGo(id, reason); err != nil {
 			return err
 		}
@@ -391,6 +412,8 @@ func (s *session) letGo(id keyspace.AttachmentID, reason string) error {
 	var guess *keyspace.Attachment
 	if h := s.Dir.Holding(id); h != nil {
 		guess = &h.Value // with this, one read suffices
+	} else if q := s.Dir.Waiting(id); q != nil {
+		guess = q.Holds
 	}
 	if err := s.Dir.Unhold(id); err != nil {
 		return fmt.Errorf("%w: %w", ErrState, err)
@@ -459,8 +482,11 @@ func (s *session) tryRelease(id keyspace.AttachmentID, only entry.Ref, guess *ke
 		if guess == nil {
 			return nil, nil
 		}
-		if _, err := s.leased(id, guess, v.extra[1:]); err != nil {
+		if !s.names(id, guess, v.extra[1:]) {
 			return nil, nil
+		}
+		if _, err := s.leased(id, guess, v.extra[1:]); err != nil {
+			return nil, err
 		}
 		// No release deletes the key and leaves the addresses: somebody else did.
 		s.Log.Warn("the key of an attachment that is released is gone, and its addresses are leased to it", "key", attachment)
@@ -632,7 +658,7 @@ func (w *Writer) Check(ctx context.Context, id keyspace.AttachmentID, ips []neti
 // release that fails does not keep the others from being tried.
 func (w *Writer) GC(ctx context.Context, network string, keep map[keyspace.AttachmentID]bool) (released []keyspace.AttachmentID, err error) {
 	node := w.Config.Writer.Name
-	var ids []keyspace.AttachmentID
+	var ids, gone []keyspace.AttachmentID // what etcd has, and what only the node remembers
 	// Each release takes the lock and the deadline anew: a long list must not
 	// keep pods of this node waiting.
 	err = w.with(ctx, func(s *session) error {
@@ -662,9 +688,7 @@ func (w *Writer) GC(ctx context.Context, network string, keep map[keyspace.Attac
 		}
 		for _, h := range holdings {
 			if h.ID.Node == node && h.ID.Network == network && !keep[h.ID] && !slices.Contains(ids, h.ID) {
-				if err := s.Dir.Unhold(h.ID); err != nil {
-					return fmt.Errorf("%w: %w", ErrState, err)
-				}
+				gone = append(gone, h.ID)
 			}
 		}
 		return nil
@@ -673,7 +697,7 @@ func (w *Writer) GC(ctx context.Context, network string, keep map[keyspace.Attac
 		return nil, err
 	}
 	var errs []error
-	for _, id := range ids {
+	for _, id := range append(ids, gone...) {
 		err := w.with(ctx, func(s *session) error {
 			return s.letGo(id, "gc: unknown to the runtime")
 		})
@@ -681,7 +705,9 @@ func (w *Writer) GC(ctx context.Context, network string, keep map[keyspace.Attac
 			errs = append(errs, fmt.Errorf("releasing %v: %w", id, err))
 			continue
 		}
-		released = append(released, id)
+		if !slices.Contains(gone, id) {
+			released = append(released, id)
+		}
 	}
 	return released, errors.Join(errs...)
 }

@@ -192,28 +192,35 @@ func (w *Writer) Lost(ctx context.Context, id keyspace.AttachmentID, acquire ent
 // was ended before, or none is on the record, what stands there is no lease, and goes
 // without an entry.
 func (s *session) releaseSpoilt(id keyspace.AttachmentID, acquire entry.Ref, reason string) error {
-	e, ref, ended, err := s.lastAcquire(id, acquire)
+	last := &leaseOnRecord{id: id, named: acquire, acquire: new(entry.Entry), released: map[entry.Ref]bool{}}
+	record, err := s.readRecord(id.Node, last.take)
 	if err != nil {
 		return err
 	}
+	e, ref := last.acquire, last.ref
 	attachment := s.Keys.Attachment(id)
 	gets := []Get{{Key: attachment}}
 	for _, a := range e.Addresses {
 		gets = append(gets, Get{Key: s.Keys.Address(e.Space, a.IP)})
 	}
-	v, err := s.look(false, gets...)
+	v, err := s.look(false, append(gets, record.since()...)...)
 	if err != nil {
 		return err
 	}
 	if err := s.refused(v); err != nil {
 		return err
 	}
+	record.rest(v.extra[len(gets):])
+	if last.ref != ref {
+		return fmt.Errorf("%w: %v has acquired since", errAgain, id)
+	}
+	ended := last.ended()
 	now := s.Now().UTC()
-	c := change{time: now, compare: []Compare{{Key: attachment, Mod: modAt(v.extra[0])}}}
+	c := change{time: now, compare: append(record.compare(v), Compare{Key: attachment, Mod: modAt(v.extra[0])})}
 	present := len(v.extra[0].KVs) == 1
-	if present && !acquire.IsZero() {
+	if present {
 		var other keyspace.Attachment
-		present = decodeAttachment(v.extra[0].KVs[0].Value, &other) != nil || other.Acquire == acquire
+		present = decodeAttachment(v.extra[0].KVs[0].Value, &other) != nil || acquire.IsZero() && other.Acquire == ref || !acquire.IsZero() && other.Acquire == acquire
 	}
 	if ended && !present {
 		return fmt.Errorf("lease of %v: %w", id, ErrNotFound)
@@ -256,59 +263,120 @@ func modAt(r Range) int64 {
 	return r.KVs[0].Mod
 }
 
-// lastAcquire finds the acquire of an attachment's lease on its node's chains: the
-// one that is named, or the last; an empty entry if there is none. It reports whether
-// that has ended: a release names it, on a chain of the node's or of an operator's.
-func (s *session) lastAcquire(id keyspace.AttachmentID, named entry.Ref) (out *entry.Entry, ref entry.Ref, ended bool, err error) {
-	out = new(entry.Entry)
-	var mod int64
-	released := map[entry.Ref]bool{}
-	for _, writer := range []string{entry.Writer{Kind: entry.KindNode, Name: id.Node}.String() + "/", string(entry.KindOperator) + "/"} {
-		err := s.entriesBelow(s.Keys.Chains()+writer, func(kv KV, e *entry.Entry, r entry.Ref) {
-			switch {
-			case e == nil || e.Attachment() != id.String():
-			case e.Op == entry.Release:
-				released[e.Acquire] = true
-			case e.Op == entry.Acquire && (named.IsZero() || r == named) && kv.Mod >= mod:
-				out, ref, mod = e, r, kv.Mod
-			}
-		})
+// record is what a node and all operators have written, which tells what became of the
+// node's leases and claims: none but the node makes them, and none but these ends them.
+type record struct {
+	s        *session
+	node     entry.Writer
+	revision int64 // all up to this one was read
+	take     func(kv KV, e *entry.Entry, ref entry.Ref)
+}
+
+func (s *session) readRecord(node string, take func(kv KV, e *entry.Entry, ref entry.Ref)) (*record, error) {
+	r := &record{s: s, node: entry.Writer{Kind: entry.KindNode, Name: node}, take: take}
+	for _, prefix := range r.prefixes() {
+		revision, err := s.entriesBelow(prefix, take)
 		if err != nil {
-			return nil, ref, false, err
+			return nil, err
+		}
+		if r.revision == 0 || revision < r.revision {
+			r.revision = revision
 		}
 	}
-	return out, ref, ref.IsZero() || released[ref], nil
+	return r, nil
 }
+
+func (r *record) prefixes() []string {
+	return []string{r.s.Keys.Chains() + r.node.String() + "/", r.s.Keys.Chains() + string(entry.KindOperator) + "/"}
+}
+
+// since are the reads of what was written since, for a view to take along; rest takes
+// in the answers. Then the record is that of the view's revision.
+func (r *record) since() (gets []Get) {
+	for _, p := range r.prefixes() {
+		gets = append(gets, Get{Key: p, End: keyspace.After(p), Since: r.revision + 1})
+	}
+	return gets
+}
+
+func (r *record) rest(answers []Range) {
+	for _, a := range answers {
+		for _, kv := range a.KVs {
+			r.s.takeEntry(kv, r.take)
+		}
+	}
+}
+
+// compare keeps a commit from being done once the record has grown since the view:
+// each entry comes with a head.
+func (r *record) compare(v *view) []Compare {
+	node, operators := r.s.Keys.Writer(r.node), r.s.Keys.Writers()+string(entry.KindOperator)+"/"
+	return []Compare{{Key: node, End: node + "\x00", Mod: v.revision}, {Key: operators, End: keyspace.After(operators), Mod: v.revision}}
+}
+
+// leaseOnRecord is the acquire of an attachment's lease: the one that is named, or the
+// last; an empty entry if there is none.
+type leaseOnRecord struct {
+	id       keyspace.AttachmentID
+	named    entry.Ref
+	acquire  *entry.Entry
+	ref      entry.Ref
+	mod      int64
+	released map[entry.Ref]bool
+}
+
+func (l *leaseOnRecord) take(kv KV, e *entry.Entry, r entry.Ref) {
+	switch {
+	case e == nil || e.Attachment() != l.id.String():
+	case e.Op == entry.Release:
+		l.released[e.Acquire] = true
+	case e.Op == entry.Acquire && (l.named.IsZero() || r == l.named) && kv.Mod >= l.mod:
+		l.acquire, l.ref, l.mod = e, r, kv.Mod
+	}
+}
+
+// ended reports whether a release names it, or there is none.
+func (l *leaseOnRecord) ended() bool { return l.ref.IsZero() || l.released[l.ref] }
 
 // entries calls f with each entry of a writer's chains, chain by chain; with nil
 // where it cannot be read. The chains may grow meanwhile.
 func (s *session) entries(w entry.Writer, f func(kv KV, e *entry.Entry, ref entry.Ref)) error {
-	return s.entriesBelow(s.Keys.Chains()+w.String()+"/", f)
+	_, err := s.entriesBelow(s.Keys.Chains()+w.String()+"/", f)
+	return err
 }
 
-func (s *session) entriesBelow(prefix string, f func(kv KV, e *entry.Entry, ref entry.Ref)) error {
+// entriesBelow is entries of all chains below a prefix. It returns the revision up to
+// which nothing of them is missing.
+func (s *session) entriesBelow(prefix string, f func(kv KV, e *entry.Entry, ref entry.Ref)) (revision int64, err error) {
 	for from := prefix; ; {
 		r, err := s.Store.Read(s.ctx, false, []Get{{Key: from, End: keyspace.After(prefix), Limit: followPage}})
 		if err != nil {
-			return fmt.Errorf("reading the chains below %s: %w; --timeout gives it longer", prefix, err)
+			return 0, fmt.Errorf("reading the chains below %s: %w; --timeout gives it longer", prefix, err)
+		}
+		if revision == 0 {
+			revision = r.Revision
 		}
 		kvs := r.Ranges[0].KVs
 		for _, kv := range kvs {
-			key, err := s.Keys.Parse(kv.Key)
-			if err != nil {
-				continue
-			}
-			e, err := entry.Parse(kv.Value)
-			if err != nil || e.Chain != key.Chain || e.Seq != key.Seq {
-				e = nil
-			}
-			f(kv, e, entry.Ref{Chain: key.Chain, Seq: key.Seq, Hash: entry.HashOf(kv.Value)})
+			s.takeEntry(kv, f)
 		}
 		if !r.Ranges[0].More {
-			return nil
+			return revision, nil
 		}
 		from = kvs[len(kvs)-1].Key + "\x00"
 	}
+}
+
+func (s *session) takeEntry(kv KV, f func(kv KV, e *entry.Entry, ref entry.Ref)) {
+	key, err := s.Keys.Parse(kv.Key)
+	if err != nil {
+		return
+	}
+	e, err := entry.Parse(kv.Value)
+	if err != nil || e.Chain != key.Chain || e.Seq != key.Seq {
+		e = nil
+	}
+	f(kv, e, entry.Ref{Chain: key.Chain, Seq: key.Seq, Hash: entry.HashOf(kv.Value)})
 }
 
 // Claim is a block with the claim that makes it a node's. Node is who has it by
@@ -328,27 +396,45 @@ func (w *Writer) Unclaim(ctx context.Context, c Claim, reason string) error {
 func unclaim(c Claim, reason string) func(s *session) error {
 	b := c.Block
 	return func(s *session) error {
+		spoilt := error(nil)
 		return s.again(func() error {
+			byRecord := &claimOnRecord{node: c.Node, block: b}
+			var r *record
+			var since []Get
+			if spoilt != nil && c.Node != "" {
+				var err error
+				if r, err = s.readRecord(c.Node, byRecord.take); err != nil {
+					return err
+				}
+				since = r.since()
+			}
 			n := need{addrs: []netipx.IPRange{rangeOf(b.Prefix)}}
 			k := newKnown()
 			gets := append([]Get{{Key: s.Keys.Block(b)}}, s.gets(&Pool{Space: b.Space, Name: b.Pool}, &n, k)...)
-			v, err := s.look(false, gets...)
+			v, err := s.look(false, append(slices.Clone(gets), since...)...)
 			if err != nil {
 				return err
+			}
+			compare := []Compare{{Key: s.Keys.Block(b), Mod: modAt(v.extra[0])}}
+			if r != nil {
+				r.rest(v.extra[len(gets):])
 			}
 			if err := s.refused(v); err != nil {
 				return err
 			}
 			var claim keyspace.Block
-			kvs, spoilt := v.extra[0].KVs, errors.New("it is gone")
-			if len(kvs) == 1 {
+			kvs := v.extra[0].KVs
+			if spoilt = errors.New("it is gone"); len(kvs) == 1 {
 				spoilt = keyspace.Decode(kvs[0].Value, &claim)
 			}
 			switch {
+			case spoilt != nil && c.Node != "" && r == nil:
+				return fmt.Errorf("%w: by the record", errAgain)
 			case spoilt != nil && c.Node != "":
-				if claim, err = s.claimOnRecord(c.Node, b); err != nil {
-					return err
+				if byRecord.claimed <= byRecord.given {
+					return fmt.Errorf("block %v: %w: by the record it is not %s's; 'ledger verify' says whose it is", b, ErrNotFound, c.Node)
 				}
+				claim, compare = byRecord.claim, append(compare, r.compare(v)...)
 			case len(kvs) == 0:
 				return fmt.Errorf("block %v: %w", b, ErrNotFound)
 			case spoilt != nil:
@@ -359,7 +445,7 @@ func unclaim(c Claim, reason string) func(s *session) error {
 			if !c.Claim.IsZero() && claim.Claim != c.Claim {
 				return fmt.Errorf("block %v: %w: it has been claimed anew, by %s", b, ErrNotFound, claim.Node)
 			}
-			if err := s.learn(k, &n, v.extra[1:]); err != nil {
+			if err := s.learn(k, &n, v.extra[1:len(gets)]); err != nil {
 				return err
 			}
 			for ip, a := range k.addrs {
@@ -372,40 +458,30 @@ func unclaim(c Claim, reason string) func(s *session) error {
 			addresses := gets[1]
 			_, err = s.commit(v, change{
 				entries: []*entry.Entry{e},
-				compare: []Compare{
-					{Key: s.Keys.Block(b), Mod: modAt(v.extra[0])},
-					{Key: addresses.Key, End: addresses.End, Mod: v.revision}, // none changed since
-				},
-				writes: func([]entry.Ref) []Write { return []Write{{Key: s.Keys.Block(b), Delete: true}} },
+				compare: append(compare, Compare{Key: addresses.Key, End: addresses.End, Mod: v.revision}), // none changed since
+				writes:  func([]entry.Ref) []Write { return []Write{{Key: s.Keys.Block(b), Delete: true}} },
 			})
 			return err
 		})
 	}
 }
 
-// claimOnRecord finds a node's claim of a block on its chains, which nobody has given
-// back since.
-func (s *session) claimOnRecord(node string, b keyspace.BlockID) (keyspace.Block, error) {
-	var out keyspace.Block
-	var claimed, given int64
-	for _, writer := range []string{entry.Writer{Kind: entry.KindNode, Name: node}.String() + "/", string(entry.KindOperator) + "/"} {
-		err := s.entriesBelow(s.Keys.Chains()+writer, func(kv KV, e *entry.Entry, ref entry.Ref) {
-			switch {
-			case e == nil || e.Space != b.Space || e.Pool != b.Pool || e.Node != node || !slices.Contains(e.Blocks, b.Prefix):
-			case e.Op == entry.Unclaim:
-				given = max(given, kv.Mod)
-			case kv.Mod > claimed:
-				out, claimed = keyspace.Block{Node: node, Claim: ref}, kv.Mod
-			}
-		})
-		if err != nil {
-			return out, err
-		}
+// claimOnRecord is a node's claim of a block, by what it and operators wrote.
+type claimOnRecord struct {
+	node           string
+	block          keyspace.BlockID
+	claim          keyspace.Block
+	claimed, given int64
+}
+
+func (c *claimOnRecord) take(kv KV, e *entry.Entry, ref entry.Ref) {
+	switch b := c.block; {
+	case e == nil || e.Space != b.Space || e.Pool != b.Pool || !slices.Contains(e.Blocks, b.Prefix):
+	case e.Op == entry.Unclaim:
+		c.given = max(c.given, kv.Mod)
+	case e.Node == c.node && kv.Mod > c.claimed:
+		c.claim, c.claimed = keyspace.Block{Node: c.node, Claim: ref}, kv.Mod
 	}
-	if claimed <= given {
-		return out, fmt.Errorf("block %v: %w: by the record it is not %s's; 'ledger verify' says whose it is", b, ErrNotFound, node)
-	}
-	return out, nil
 }
 
 // Replacement says which writer may start anew, and how.

@@ -70,8 +70,9 @@ func (w *Writer) RecoverStart(ctx context.Context, epoch uint64, reason string) 
 // yet; nil: it is.
 func (s *session) renew(v *view, before *statedir.Position) error {
 	m := statedir.Mark{Position: statedir.Position{Recovering: s.Config.Writer.Kind == entry.KindNode}}
-	if s.mark != nil && s.mark.Seq == 0 && v.writer != nil && v.writer.Chain == s.mark.Chain {
-		// The chain was opened by a process that did not live to note it.
+	if s.mark != nil && s.mark.Seq == 0 && v.writer != nil && v.writer.Chain == s.mark.Chain && v.writer.Key == s.vkey {
+		// The chain was opened by a process that did not live to note it. Under another
+		// key than ours it is closed, or an operator has to.
 		if err := s.follow(v, Range{More: true}); err != nil {
 			return err
 		}
@@ -269,6 +270,9 @@ func (s *session) recoverOne(id keyspace.AttachmentID, assert bool, runtime Runt
 	for _, a := range acquires {
 		gets = append(gets, Get{Key: s.Keys.Entry(s.Config.Writer, a.Chain, a.Seq)})
 	}
+	if held != nil {
+		gets = append(gets, s.addressGets(held.Value.Space, held.Value.Leases)...)
+	}
 	v, err := s.look(false, gets...)
 	if err != nil {
 		return err
@@ -284,7 +288,7 @@ func (s *session) recoverOne(id keyspace.AttachmentID, assert bool, runtime Runt
 			}
 		}
 	}
-	if prepared != nil && there[prepared.Value.Acquire] != nil && (held != nil || there[prepared.Value.Acquire].Assert != "" && !s.Dir.IsQueued(id)) {
+	if prepared != nil && there[prepared.Value.Acquire] != nil && there[prepared.Value.Acquire].Assert != "" && !s.Dir.IsQueued(id) {
 		// A run of this drill asserted it, or an import, and did not live to note that.
 		if err := s.hold(id); err != nil {
 			return err
@@ -316,6 +320,14 @@ func (s *session) recoverOne(id keyspace.AttachmentID, assert bool, runtime Runt
 		}
 	}
 	same := live != nil && held != nil && live.Space == held.Value.Space && slices.Equal(addrsOf(live.Leases), addrsOf(held.Value.Leases))
+	if held != nil && live == nil && s.names(id, &held.Value, v.extra[1+len(acquires):]) {
+		// No release leaves that. The pod's DEL, or 'ledger release ADDRESS', ends it.
+		s.Log.Warn("the key of an attachment is gone, and its addresses are leased to it", "attachment", id.String())
+		if assert {
+			out.Kept++
+		}
+		return nil
+	}
 	// Its acquire is there: a restore has not taken it back, nor anything before it.
 	// So where etcd does not lease to it by that acquire any more, an entry says so.
 	if held != nil && !same && slices.ContainsFunc(held.Acquires(), func(a entry.Ref) bool { return there[a] != nil }) {

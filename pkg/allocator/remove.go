@@ -75,9 +75,11 @@ func (w *Writer) Belongings(ctx context.Context, node string) (*Belongings, erro
 		if b.Spoilt = decodeAttachment(kv.Value, &b.Value); b.Spoilt != nil {
 			// By what is on the record, so that no later lease is taken for it.
 			b.Value = keyspace.Attachment{}
-			if _, b.Value.Acquire, _, err = s.lastAcquire(b.ID, entry.Ref{}); err != nil {
+			last := &leaseOnRecord{id: b.ID, acquire: new(entry.Entry), released: map[entry.Ref]bool{}}
+			if _, err := s.readRecord(b.ID.Node, last.take); err != nil {
 				return nil, err
 			}
+			b.Value.Acquire = last.ref
 		}
 		out.Leases = append(out.Leases, b)
 	}

@@ -205,10 +205,14 @@ func (s *session) checkRecovered(v *view) error {
 
 // lateOperator reports whether this is an operator's first command after a
 // recovery that somebody else did: operators hold nothing, so that all they need
-// is a chain of the new epoch.
+// is a chain of the new epoch. Also where that is the epoch's number in an etcd that
+// was given up since.
 func (s *session) lateOperator(v *view) bool {
-	return s.Config.Writer.Kind != entry.KindNode && !s.restored && !v.serializable && s.broken == nil &&
-		s.mark != nil && s.mark.Cluster == v.meta.Cluster && s.mark.Epoch < v.meta.Epoch
+	if s.Config.Writer.Kind == entry.KindNode || s.restored || v.serializable || s.broken != nil || s.mark == nil || s.mark.Cluster != v.meta.Cluster {
+		return false
+	}
+	another := s.mark.EtcdCluster != v.meta.EtcdCluster && v.meta.EtcdCluster == keyspace.EtcdClusterID(v.cluster) && (v.writer == nil || v.writer.Epoch < v.meta.Epoch)
+	return s.mark.Epoch < v.meta.Epoch || s.mark.Epoch == v.meta.Epoch && another
 }
 
 // checkChain is whether our chain is where we left it, or further by our own

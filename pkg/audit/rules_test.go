@@ -483,3 +483,17 @@ func TestHostileExport(t *testing.T) {
 		}
 	}
 }
+
+// TestMadeUpWritersHideNobody: each kind of finding has its share of the list.
+func TestMadeUpWritersHideNobody(t *testing.T) {
+	l := story(t)
+	for i := range MaxFindings {
+		w := entry.Writer{Kind: entry.KindNode, Name: fmt.Sprint("x", i)}
+		l.put(l.keys.Entry(w, chainID(w.Name), 1), []byte("garbage"))
+	}
+	l.acquire(l.writer(nodeB), att("b", "thief1"), "10.9.9.9")
+	l.acquire(l.writer(nodeB), att("b", "thief2"), "10.9.9.9")
+	if r := l.verify(Options{}); !slices.ContainsFunc(r.Findings, func(f Finding) bool { return f.Code == DoubleAlloc }) || len(r.Findings) != MaxFindings {
+		t.Errorf("%d listed, and none is the DOUBLE-ALLOC: %v", len(r.Findings), r.ByCode)
+	}
+}

@@ -22,6 +22,7 @@ type findings struct {
 	list     []Finding
 	groups   map[group][]int // of the list, by whom and what they are about
 	most     int             // no group has more
+	codes    map[Code]int    // of the list
 	count    int64
 	byCode   map[Code]int64
 	badSigs  map[string]bool // where BAD-SIGNATURE was said already
@@ -43,7 +44,7 @@ type group struct {
 
 func newFindings() *findings {
 	return &findings{
-		groups: map[group][]int{}, most: MaxFindings, byCode: map[Code]int64{}, badSigs: map[string]bool{},
+		groups: map[group][]int{}, most: MaxFindings, codes: map[Code]int{}, byCode: map[Code]int64{}, badSigs: map[string]bool{},
 		doubts: map[Code][]Finding{}, doubtful: map[Code]int64{}, folded: map[Code]int64{},
 	}
 }
@@ -71,27 +72,46 @@ func (l *findings) keep(f *Finding) {
 		o := f.own()
 		g.writer = o.Writer
 		l.groups[g] = append(l.groups[g], len(l.list))
+		l.codes[f.Code]++
 		l.list = append(l.list, o)
 		return
 	}
-	if len(l.groups[g])+1 >= l.most {
-		return
+	// First each kind gets its share, then each writer of the kind.
+	from := f.Code
+	for c, n := range l.codes {
+		if n > l.codes[from] || n == l.codes[from] && from != f.Code && c < from {
+			from = c
+		}
+	}
+	if l.codes[f.Code]+1 >= l.codes[from] {
+		from = f.Code
+		if len(l.groups[g])+1 >= l.most {
+			return
+		}
 	}
 	var largest group
+	l.most = 0
 	for x, at := range l.groups {
-		if n := len(l.groups[largest]); len(at) > n || len(at) == n && (x.writer+string(x.code) < largest.writer+string(largest.code)) {
+		l.most = max(l.most, len(at))
+		if n := len(l.groups[largest]); x.code == from && (len(at) > n || len(at) == n && x.writer < largest.writer) {
 			largest = x
 		}
 	}
 	at := l.groups[largest]
-	if l.most = len(at); len(l.groups[g])+1 >= l.most {
+	if from == f.Code && len(l.groups[g])+1 >= len(at) {
 		return
 	}
 	i := at[len(at)-1]
 	l.groups[largest] = at[:len(at)-1]
+	if len(at) == 1 {
+		delete(l.groups, largest)
+	}
+	l.codes[from]--
+	l.codes[f.Code]++
 	l.list[i] = f.own()
 	g.writer = l.list[i].Writer
 	l.groups[g] = append(l.groups[g], i)
+	l.most = max(l.most, len(l.groups[g]))
 }
 
 func (l *findings) add(f *Finding) {

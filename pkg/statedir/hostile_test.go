@@ -73,7 +73,7 @@ func FuzzFiles(f *testing.F) {
 		}
 		q, err := d.Queue()
 		if !strings.HasPrefix(name, "queue/") {
-			if err != nil || len(q) != 1 || q[0] != *queued {
+			if err != nil || len(q) != 1 || !reflect.DeepEqual(&q[0], queued) {
 				t.Fatalf("queue %+v, %v", q, err)
 			}
 		} else if err == nil && (len(q) != 1 || nameOf(q[0].Attachment) != filepath.Base(name)) || err != nil && (len(q) != 0 || !strings.Contains(err.Error(), name)) {

@@ -342,6 +342,9 @@ type Queued struct {
 	Attachment keyspace.AttachmentID `json:"attachment"`
 	Time       time.Time             `json:"time"`
 	Reason     string                `json:"reason"`
+	// Holds is what it was told it has, if that is known: where the attachment's key is
+	// gone, it tells the addresses.
+	Holds *keyspace.Attachment `json:"holds,omitempty"`
 }
 
 func nameOf(a keyspace.AttachmentID) string {
@@ -398,6 +401,17 @@ func (d *Dir) Some(n int) ([]Queued, error) {
 func (d *Dir) Spoilt() ([]Queued, error) { return readAll(d, "spoilt", 0, (*Queued).id, nil) }
 
 func (q *Queued) id() (keyspace.AttachmentID, error) { return q.Attachment, nil }
+
+// Waiting reads the queued release of a; nil if there is none that can be read.
+func (d *Dir) Waiting(a keyspace.AttachmentID) *Queued {
+	for _, sub := range []string{"queue", "spoilt"} {
+		q := new(Queued)
+		if b, err := os.ReadFile(d.file(filepath.Join(sub, nameOf(a)))); err == nil && keyspace.Decode(b, q) == nil && q.Attachment == a && (q.Holds == nil || q.Holds.Validate() == nil) {
+			return q
+		}
+	}
+	return nil
+}
 
 // IsQueued reports whether a release of a waits.
 func (d *Dir) IsQueued(a keyspace.AttachmentID) bool {
