@@ -1152,33 +1152,27 @@ func TestRecoverStartLate(t *testing.T) {
 }
 
 // TestRecoverStartTwice: a 'recover start' that came to etcd, and whose operator died
-// before noting that, can be followed by another that dies before it is sent.
+// before noting that, is followed by another, also by one that dies before it is sent.
+// He says of no chain that he lost it.
 func TestRecoverStartTwice(t *testing.T) {
-	w := newWorld(t, 1)
-	defer w.store.check(t)
-	w.init(t)
 	start := func(epoch uint64) func(x *Writer) error {
 		return func(x *Writer) error { _, _, err := x.RecoverStart(bg, epoch, "test"); return err }
 	}
-	w.admin.conn.next = killApplied
-	if err := w.admin.run(start(0)); !errors.Is(err, errKilled) {
-		t.Fatal(err)
-	}
-	w.admin.reconnect()
-	w.step = func(at string) {
-		if at == "begun" {
-			panic(killed{})
+	for _, dies := range []bool{true, false} {
+		w, _, _ := stage(t, 1, "10.22.0.0/24")
+		w.admin.conn.next = killApplied
+		if err := w.admin.run(start(0)); !errors.Is(err, errKilled) {
+			t.Fatal(err)
 		}
-	}
-	if err := w.admin.run(start(7)); !errors.Is(err, errKilled) {
-		t.Fatal(err)
-	}
-	w.step = nil
-	w.admin.must(t, func(x *Writer) error { _, err := x.Freeze(bg, "test"); return err })
-	w.admin.must(t, start(7))
-	for _, kv := range w.store.now().keys {
-		if e, err := entry.Parse(kv.value); err == nil && !e.Mark.IsZero() {
-			t.Errorf("a chain is opened by a writer that says it lost %s", e.Mark)
+		if dies {
+			w.admin.dies(t, "begun", 1, start(7))
+			w.admin.must(t, freeze)
+		}
+		w.admin.must(t, start(7))
+		for _, kv := range w.store.now().keys {
+			if e, err := entry.Parse(kv.value); err == nil && !e.Mark.IsZero() {
+				t.Errorf("a chain is opened by a writer that says it lost %s", e.Mark)
+			}
 		}
 	}
 }

@@ -278,6 +278,31 @@ var ruleAttacks = []attack{
 		codes: []Code{ReleaseNoHold}, exit: 1, notice: "another space or pool",
 	},
 	{
+		name: "an attachment acquires twice, and both are released: one finding",
+		do: func(l *ledger) {
+			w, a := l.writer(nodeB), att("b", "c9")
+			l.acquire(w, a, "10.22.7.90")
+			e := l.releaseEntry(a)
+			l.acquire(w, a, "10.22.7.91")
+			l.release(w, a)
+			l.acquire(w, att("b", "c10"), "10.22.7.92") // in the place where it was
+			ref := l.commit(w, e)[0]
+			l.putAt(l.keys.Address("default", e.Addresses[0].IP), keyspace.Encode(keyspace.Address{State: keyspace.Free, Pool: e.Pool, Release: ref, Since: e.Time}))
+		},
+		codes: []Code{DoubleLease}, exit: 1,
+	},
+	{
+		name: "an address is acquired twice, and the first lease released: one finding",
+		do: func(l *ledger) {
+			w, a := l.writer(nodeB), att("b", "c9")
+			l.acquire(w, a, "10.22.7.90")
+			l.acquire(w, att("b", "c10"), "10.22.7.90")
+			l.commit(w, l.releaseEntry(a))
+			delete(l.kv, l.keys.Attachment(a))
+		},
+		codes: []Code{DoubleAlloc}, exit: 1,
+	},
+	{
 		name: "another's block is given back",
 		do: func(l *ledger) {
 			l.commit(l.writer(ann), &entry.Entry{Op: entry.Unclaim, Space: "default", Pool: "prod", Blocks: []netip.Prefix{netip.MustParsePrefix("10.22.7.64/26")}, Node: "a"})
