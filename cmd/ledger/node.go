@@ -342,7 +342,8 @@ type farewelled struct {
 	Closed   entry.Ref               `json:"closed,omitzero"` // the last entry of its chain that counts
 	Released []keyspace.AttachmentID `json:"released"`
 	Blocks   []string                `json:"blocks"` // given back
-	Kept     []string                `json:"kept"`   // blocks in which others hold addresses
+	Kept     []string                `json:"kept"`   // blocks in which others hold addresses, or
+	Back     bool                    `json:"back"`   // the node came back before they were given back
 }
 
 func (a *app) sayFarewell(ctx context.Context, f *farewell) error {
@@ -422,6 +423,7 @@ func (a *app) sayFarewell(ctx context.Context, f *farewell) error {
 		for _, b := range ended.Kept {
 			out.Kept = append(out.Kept, b.String())
 		}
+		out.Back = ended.Back
 		return err
 	})
 	if done, serr := a.structured(out); done {
@@ -436,10 +438,18 @@ func (a *app) sayFarewell(ctx context.Context, f *farewell) error {
 	a.printf("released    %s\n", count(len(out.Released), "attachment"))
 	a.printf("given back  %s\n", count(len(out.Blocks), "block"))
 	for _, b := range out.Kept {
-		a.printf("kept        block %s: others hold addresses of it; 'ledger unclaim' gives it back later\n", b)
+		why := "others hold addresses of it; 'ledger unclaim' gives it back later"
+		if out.Back {
+			why = "it came back meanwhile, or others hold addresses of it"
+		}
+		a.printf("kept        block %s: %s\n", b, why)
 	}
 	if err != nil {
 		return err
+	}
+	if out.Back {
+		a.printf("%s was removed, lives, and came back: what it had before is ended\n", f.node)
+		return nil
 	}
 	a.printf("%s is %s\n", f.node, map[bool]string{true: "removed", false: "drained"}[f.remove])
 	return nil

@@ -348,6 +348,28 @@ func TestRemoveAfterReplace(t *testing.T) {
 		n.refuses(t, "is not ended yet", recoverNode)
 		w.admin.must(t, ends(b))
 	})
+	t.Run("it lives and comes back", func(t *testing.T) {
+		w, p, nodes := stage(t, 1, "10.22.0.0/24")
+		n := nodes[0]
+		n.mustAdd(t, p, "a")
+		b := belongings(t, w, n)
+		calls := 0
+		w.admin.must(t, func(x *Writer) error {
+			x.Store = &onConnect{x.Store, func() {
+				if calls++; calls == 4 { // closed, looked at again, released
+					n.must(t, func(x *Writer) error { return x.Release(bg, n.attachment("a"), "") })
+					n.mustAdd(t, p, "b")
+					n.must(t, func(x *Writer) error { return x.Release(bg, n.attachment("b"), "") })
+				}
+			}}
+			out, err := x.End(bg, b, true, "test")
+			if err == nil && (!out.Back || len(out.Kept) != 1 || len(out.Released) != 1) {
+				t.Errorf("%+v", out)
+			}
+			return err
+		})
+		n.mustAdd(t, p, "c")
+	})
 	t.Run("what it got until the close", func(t *testing.T) {
 		w, p, nodes := stage(t, 1, "10.22.0.0/24")
 		n := nodes[0]

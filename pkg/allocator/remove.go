@@ -98,7 +98,8 @@ type Ended struct {
 	Closed   entry.Ref // the last entry of the node's chain that counts
 	Released []keyspace.AttachmentID
 	Blocks   []keyspace.BlockID // given back
-	Kept     []keyspace.BlockID // others hold addresses in them
+	Kept     []keyspace.BlockID // others hold addresses in them, or
+	Back     bool               // the node came back before they were given back
 }
 
 // End releases every lease that a node had when its belongings were read, and gives
@@ -147,11 +148,16 @@ func (w *Writer) End(ctx context.Context, b *Belongings, remove bool, reason str
 		}
 		out.Released = append(out.Released, l.ID)
 	}
-	for _, c := range all.Claims {
+	for i, c := range all.Claims {
 		switch err := w.withSession(ctx, &session{Writer: w, anyState: true, guard: closed}, unclaim(c, reason)); {
 		case errors.Is(err, ErrNotFound):
 		case errors.Is(err, errGuarded):
-			return out, err
+			// All that it leased is ended, so that it may come back; its blocks are its own.
+			out.Back = true
+			for _, c := range all.Claims[i:] {
+				out.Kept = append(out.Kept, c.Block)
+			}
+			return out, nil
 		case errors.Is(err, ErrConflict):
 			out.Kept = append(out.Kept, c.Block)
 		case err != nil:
