@@ -295,8 +295,18 @@ func TestImportKilled(t *testing.T) {
 	if n.writer().Dir.Holding(n.attachment("again")) == nil {
 		t.Error("what is recorded already is not remembered")
 	}
-	w.drill(t)
-	if w.has(n, "x") == nil || w.has(n, "again") == nil || w.has(n, "unanswered") != nil {
+	n.dies(t, "settled", 1, imports(lease("ended", "10.22.0.97")))
+	w.admin.must(t, start)
+	calls := 0
+	n.must(t, func(x *Writer) error {
+		x.Store = &onConnect{x.Store, func() {
+			if calls++; calls == 3 { // both sides are listed
+				w.admin.must(t, func(x *Writer) error { return x.ReleaseLease(bg, n.attachment("ended"), entry.Ref{}, "test") })
+			}
+		}}
+		return recoverNode(x)
+	})
+	if w.has(n, "x") == nil || w.has(n, "again") == nil || w.has(n, "unanswered") != nil || w.has(n, "ended") != nil {
 		t.Errorf("imported: %v, %v; never answered: %v", w.has(n, "x"), w.has(n, "again"), w.has(n, "unanswered"))
 	}
 }

@@ -329,9 +329,10 @@ func (s *session) leased(id keyspace.AttachmentID, a *keyspace.Attachment, answe
 	return compare, nil
 }
 
-// names reports whether an address key says that the attachment has it by its acquire.
+// names reports whether one of the address keys that were read says that the attachment
+// has it by its acquire.
 func (s *session) names(id keyspace.AttachmentID, a *keyspace.Attachment, answers []Range) bool {
-	return slices.ContainsFunc(answers[:len(a.Leases)], func(r Range) bool {
+	return slices.ContainsFunc(answers[:min(len(a.Leases), len(answers))], func(r Range) bool {
 		var v keyspace.Address
 		return len(r.KVs) == 1 && decodeAddress(r.KVs[0].Value, &v) == nil && v.State == keyspace.Leased && *v.Holder == id && v.Acquire == a.Acquire
 	})
