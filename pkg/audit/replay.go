@@ -331,6 +331,16 @@ func (r *replay) ref(it *item) entry.Ref {
 	return entry.Ref{Chain: it.chain, Seq: it.seq, Hash: it.hash}
 }
 
+// changed is whether an entry's bytes are not those that its successor names, which is
+// a finding already: what it says is no measure for others.
+func (r *replay) changed(e entry.Ref) bool {
+	if r.second == nil {
+		return false
+	}
+	_, ok := r.second.named[place{e.Chain, e.Seq}]
+	return ok
+}
+
 // mod is the revision an entry was committed at: before it was written again,
 // as far as etcd tells.
 func (r *replay) mod(it *item) int64 {
@@ -1275,7 +1285,7 @@ func (r *replay) release(b *batch, c *chain, it *item) {
 		r.judge(b, it, c, with(r.finding(ReleaseNoHold, it, "attachment %s holds nothing", key), "an open acquire", e.Acquire.String()))
 	case r.atts[i].acquire != e.Acquire:
 		r.judge(b, it, c, with(r.finding(ReleaseNoHold, it, "attachment %s holds by another acquire", key), r.atts[i].acquire.String(), e.Acquire.String()))
-	case r.atts[i].space != space || r.atts[i].pool != pool || !r.atts[i].says(e.Pod, e.PodUID):
+	case !r.changed(e.Acquire) && (r.atts[i].space != space || r.atts[i].pool != pool || !r.atts[i].says(e.Pod, e.PodUID)):
 		r.judge(b, it, c, with(r.finding(ReleaseNoHold, it, "attachment %s holds in another space or pool, or for another pod", key),
 			fmt.Sprintf("%s/%s %q", r.name(r.atts[i].space), r.name(r.atts[i].pool), r.atts[i].text[r.atts[i].pod:]), fmt.Sprintf("%s/%s %q", e.Space, e.Pool, e.Pod+e.PodUID)))
 	case !slices.EqualFunc(r.atts[i].leases, ids, same):

@@ -303,6 +303,11 @@ var ruleAttacks = []attack{
 		codes: []Code{DoubleAlloc}, exit: 1,
 	},
 	{
+		name:  "the pod of an acquire is edited, whose release says the true one",
+		do:    func(l *ledger) { l.edit(l.entryKey(nodeA, 1, 2), "shop/cart-7d9f", "shop/mine-7d9f") },
+		codes: []Code{BadSignature, HashMismatch, Rewritten}, exit: 1,
+	},
+	{
 		name: "another's block is given back",
 		do: func(l *ledger) {
 			l.commit(l.writer(ann), &entry.Entry{Op: entry.Unclaim, Space: "default", Pool: "prod", Blocks: []netip.Prefix{netip.MustParsePrefix("10.22.7.64/26")}, Node: "a"})
