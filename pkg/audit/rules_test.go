@@ -267,10 +267,21 @@ var ruleAttacks = []attack{
 		codes: []Code{ReleaseNoHold}, exit: 1, notice: "holds other addresses",
 	},
 	{
-		name: "a release that says another pool and pod",
+		name: "a release that says another pod",
 		do: func(l *ledger) {
 			e := l.releaseEntry(att("b", "c4"))
-			e.Pool, e.Pod, e.PodUID = "nosuch", "kube-system/other", "uid"
+			e.Pod = "kube-system/other"
+			ref := l.commit(l.writer(nodeB), e)[0]
+			l.putAt(l.keys.Address("default", e.Addresses[0].IP), keyspace.Encode(keyspace.Address{State: keyspace.Free, Pool: e.Pool, Release: ref, Since: e.Time}))
+			delete(l.kv, l.keys.Attachment(att("b", "c4")))
+		},
+		codes: []Code{ReleaseNoHold}, exit: 1, notice: "another space or pool",
+	},
+	{
+		name: "a release that says another pool",
+		do: func(l *ledger) {
+			e := l.releaseEntry(att("b", "c4"))
+			e.Pool = "nosuch"
 			ref := l.commit(l.writer(nodeB), e)[0]
 			l.putAt(l.keys.Address("default", e.Addresses[0].IP), keyspace.Encode(keyspace.Address{State: keyspace.Free, Pool: e.Pool, Release: ref, Since: e.Time}))
 			delete(l.kv, l.keys.Attachment(att("b", "c4")))
