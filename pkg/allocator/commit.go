@@ -191,9 +191,13 @@ func (s *session) neverWrote() error {
 		return err
 	}
 	if len(r.Ranges[0].KVs) > 0 {
-		return fmt.Errorf("%w: %s is absent, and its chain is there; its way out: %s", ErrIntegrity, s.Keys.Writer(s.Config.Writer), s.wayOut())
+		return s.headGone()
 	}
 	return nil
+}
+
+func (s *session) headGone() error {
+	return fmt.Errorf("%w: %s is absent, and its chain is there; its way out: %s", ErrIntegrity, s.Keys.Writer(s.Config.Writer), s.wayOut())
 }
 
 // nothingSent notes that a commit was not done and never will be. What was sent

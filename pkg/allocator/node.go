@@ -358,15 +358,10 @@ func (s *session) namedPool(name string, r Range) (*Pool, int64, error) {
 // too: only where that fails does it return an error, ErrState.
 func (w *Writer) Release(ctx context.Context, id keyspace.AttachmentID, reason string) error {
 	s := &session{Writer: w}
-	var holds *keyspace.Attachment
-	note := func() {
-		if h := w.Dir.Holding(id); h != nil {
-			holds = &h.Value
-		}
-	}
 	enqueue := func(err error) error {
-		if holds == nil {
-			note()
+		holds := s.left
+		if h := w.Dir.Holding(id); holds == nil && h != nil {
+			holds = &h.Value
 		}
 		// Where the node's name was changed, the pod is from before: etcd has it under
 		// the name that the state directory remembers.
@@ -392,7 +387,6 @@ func (w *Writer) Release(ctx context.Context, id keyspace.AttachmentID, reason s
 		return nil
 	}
 	err := w.withSession(ctx, s, func(s *session) error {
-		note()
 		if err := s.letGo(id, reason); err != nil {
 			return err
 		}
@@ -419,7 +413,7 @@ func (s *session) letGo(id keyspace.AttachmentID, reason string) error {
 	if err := s.Dir.Unhold(id); err != nil {
 		return fmt.Errorf("%w: %w", ErrState, err)
 	}
-	s.leaving = id
+	s.leaving, s.left = id, guess
 	if err := s.release(id, entry.Ref{}, guess, reason); err != nil {
 		return err
 	}

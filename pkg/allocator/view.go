@@ -240,7 +240,7 @@ func (s *session) checkChain(v *view, tail Range) error {
 	}
 	if v.writer == nil {
 		if s.mark != nil && (s.mark.Seq > 0 || len(tail.KVs) > 0) {
-			return fmt.Errorf("%w: %s is absent, and its chain is there; its way out: %s", ErrIntegrity, s.Keys.Writer(s.Config.Writer), s.wayOut())
+			return s.headGone()
 		}
 		return s.broken
 	}

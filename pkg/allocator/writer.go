@@ -85,6 +85,7 @@ type session struct {
 	broken error
 
 	leaving keyspace.AttachmentID // whose lease is being ended: it is not held again
+	left    *keyspace.Attachment  // what that was told it has, if it is known
 
 	lost      bool // a commit's reply was lost; what became of it was found out
 	unsettled bool // settle is not done: a look must not say that it is
